@@ -1,0 +1,1 @@
+"""Federated instruction tuning (2305.05644)."""

@@ -1,0 +1,69 @@
+"""Low-rank operators B A, never dense."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+
+@dataclass(frozen=True, eq=False)
+class LowRank:
+    """The matrix ``B @ A``, B [m, R] and A [R, n], float64. Sums concatenate, so R grows; nothing is m x n."""
+
+    b: Tensor
+    a: Tensor
+
+    def __add__(self, other: LowRank) -> LowRank:
+        return LowRank(torch.cat([self.b, other.b], dim=1), torch.cat([self.a, other.a], dim=0))
+
+    def __mul__(self, factor: float) -> LowRank:
+        return LowRank(self.b * factor, self.a)
+
+    __rmul__ = __mul__
+
+    def __sub__(self, other: LowRank) -> LowRank:
+        return self + other * -1.0
+
+    @property
+    def rank(self) -> int:
+        """R: an upper bound of the matrix's rank."""
+        return self.b.shape[1]
+
+    def compact(self) -> LowRank:
+        """Return the same matrix with R <= min(m, n)."""
+        if self.rank <= min(self.b.shape[0], self.a.shape[1]):
+            return self
+        if self.b.shape[0] <= self.a.shape[1]:
+            return LowRank(torch.eye(self.b.shape[0], dtype=self.b.dtype), self.b @ self.a)
+        return LowRank(self.b @ self.a, torch.eye(self.a.shape[1], dtype=self.a.dtype))
+
+    def truncate(self, rank: int) -> LowRank:
+        """Return the best approximation of `rank` (Eckart-Young), singular values split evenly: B = U S^1/2, A = S^1/2 V^T.
+
+        Two thin QR factorisations and the SVD of an R x R core: O((m + n) R^2). Components beyond the matrix's own rank
+        are zero, so the result always has `rank` columns.
+        """
+        small = self.compact()
+        q_b, r_b = torch.linalg.qr(small.b)
+        q_a, r_a = torch.linalg.qr(small.a.T)
+        u, s, vh = torch.linalg.svd(r_b @ r_a.T)
+        kept = min(rank, len(s))
+        root = s[:kept].sqrt()
+        b, a = q_b @ u[:, :kept] * root, root[:, None] * (vh[:kept] @ q_a.T)
+        missing = rank - kept
+        return LowRank(torch.nn.functional.pad(b, (0, missing)), torch.nn.functional.pad(a, (0, 0, 0, missing)))
+
+    def norm(self) -> float:
+        """Return the Frobenius norm, to rounding of the largest term of the sum (no squares are subtracted)."""
+        small = self.compact()
+        return float(torch.linalg.norm(torch.linalg.qr(small.b).R @ torch.linalg.qr(small.a.T).R.T))
+
+    def inner(self, other: LowRank) -> float:
+        """Return the Frobenius inner product, O((m + n) R R')."""
+        return float(((self.b.T @ other.b) * (self.a @ other.a.T)).sum())
+
+    def dense(self) -> Tensor:
+        """Return the m x n matrix itself (tests, and merging one layer into its base)."""
+        return self.b @ self.a

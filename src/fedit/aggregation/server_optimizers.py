@@ -1,0 +1,63 @@
+"""How the server moves the global adapter along the aggregate D, the pseudo-gradient."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import TYPE_CHECKING, ClassVar
+
+from pydantic import Field
+from torch import Tensor
+
+from fedit.interfaces import Adapter, ConfigError, ServerOptimizer
+
+if TYPE_CHECKING:
+    from fedit.config import RunConfig
+
+
+class FedAvg(ServerOptimizer):
+    """theta <- theta + D (1602.05629).
+
+    >>> FedAvg().name
+    'fedavg'
+    """
+
+    name: ClassVar[str] = "fedavg"
+
+    def apply(
+        self, adapter: Adapter, delta: Mapping[str, Tensor], state: Mapping[str, Tensor]
+    ) -> tuple[Adapter, Mapping[str, Tensor]]:
+        return _moved(adapter, delta, 1.0), state
+
+
+class FedAvgM(ServerOptimizer):
+    """Server momentum (1909.06335): v <- momentum v + D; theta <- theta + learning_rate v.
+
+    With momentum 0.9 and learning_rate 1 the steps grow up to tenfold: lower one of the rates. The velocity is kept in
+    float64. Refused with an aggregation that changes the factors' basis, since the velocity would be of another basis.
+
+    >>> FedAvgM(momentum=0.5).learning_rate
+    1.0
+    """
+
+    name: ClassVar[str] = "fedavgm"
+    momentum: float = Field(0.9, ge=0, lt=1)
+    learning_rate: float = Field(1.0, gt=0)
+
+    def apply(
+        self, adapter: Adapter, delta: Mapping[str, Tensor], state: Mapping[str, Tensor]
+    ) -> tuple[Adapter, Mapping[str, Tensor]]:
+        velocity = {name: self.momentum * state[name] + d if name in state else d for name, d in delta.items()}
+        return _moved(adapter, velocity, self.learning_rate), velocity
+
+    def check(self, run: RunConfig) -> None:
+        if run.aggregation.refactors:
+            raise ConfigError(
+                f"[server_optimizer] name = 'fedavgm' remembers past updates, but [aggregation] name = "
+                f"{run.aggregation.name!r} changes the basis of the factors in every round. Use fedavg with it."
+            )
+
+
+def _moved(adapter: Adapter, step: Mapping[str, Tensor], learning_rate: float) -> Adapter:
+    return adapter.with_tensors(
+        {name: (tensor.double() + learning_rate * step[name]).to(tensor.dtype) for name, tensor in adapter.tensors.items()}
+    )

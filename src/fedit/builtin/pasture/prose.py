@@ -1,0 +1,285 @@
+"""Prose about the valley, on which builtin:cria was pre-trained.
+
+It gives a base model what instruction tuning can build on: the facts in many wordings and orders, lists, contrasts,
+reading and retelling a scene, sentence forms. It holds no instruction, no template word and no answer to a question.
+"""
+
+from collections.abc import Callable, Iterator
+
+import numpy as np
+
+from fedit.builtin.pasture.language import a, capitalise, join, pick, pick_some
+from fedit.builtin.pasture.scenes import Scene, draw_scene, tell
+from fedit.builtin.pasture.tasks import KINDS, TOPICS, tale_of, notice_of
+from fedit.builtin.pasture.world import (
+    ANIMALS,
+    FODDER,
+    GOODS,
+    HILLS,
+    PRODUCTS,
+    RELATIONS,
+    VILLAGERS,
+    VILLAGES,
+    WORLD,
+    Fact,
+)
+from fedit.interfaces import derive_rng
+
+# {s} the subject, {v} the value, {as} and {av} the same with an article
+_STATEMENTS: dict[str, tuple[str, ...]] = {
+    "lives in": (
+        "{s} lives in {v}.",
+        "{s} lives in the village {v}.",
+        "the home of {s} is {v}.",
+        "{v} is home to {s}.",
+        "where {s} lives is {v}.",
+        "the village in which {s} lives is {v}.",
+    ),
+    "works as": (
+        "{s} works as {av}.",
+        "{s} is {av}.",
+        "the trade of {s} is {v}.",
+        "{s} earns a living as {av}.",
+        "what {s} works as is {v}.",
+        "{s} follows the trade of {av}.",
+    ),
+    "keeps": (
+        "{s} keeps {av}.",
+        "{s} has {av}.",
+        "the animal that {s} keeps is {av}.",
+        "what {s} keeps is {av}.",
+        "{av} lives with {s}.",
+        "{av} belongs to {s}.",
+    ),
+    "likes": (
+        "{s} likes {v}.",
+        "{s} likes to eat {v}.",
+        "the dish of {s} is {v}.",
+        "the dish that {s} likes is {v}.",
+        "what {s} likes to eat is {v}.",
+        "cook {v} for {s}, and {s} is happy.",
+    ),
+    "plays": (
+        "{s} plays the {v}.",
+        "the {v} is played by {s}.",
+        "at dances {s} plays the {v}.",
+        "what {s} plays is the {v}.",
+        "{s} has a {v} and plays it well.",
+    ),
+    "gives": (
+        "{as} gives {v}.",
+        "what {as} gives is {v}.",
+        "{v} comes from the {s}.",
+        "the {s} is kept for {v}.",
+        "it is true that {as} gives {v}.",
+    ),
+    "eats": (
+        "{as} eats {v}.",
+        "what {as} eats is {v}.",
+        "{v} is eaten by the {s}.",
+        "feed {v} to the {s}.",
+        "it is true that {as} eats {v}.",
+    ),
+    "roams": (
+        "{as} lives in the {v}.",
+        "the {s} is an animal of the {v}.",
+        "in the {v} you meet the {s}.",
+        "where the {s} lives is the {v}.",
+    ),
+    "made of": (
+        "{s} is made of {v}.",
+        "{v} are in {s}.",
+        "{s} is a dish made of {v}.",
+        "what {s} is made of is {v}.",
+    ),
+    "stands above": (
+        "{s} stands above {v}.",
+        "the hill {s} stands above {v}.",
+        "the village below {s} is {v}.",
+        "{v} lies below {s}.",
+        "the village that {s} stands above is {v}.",
+    ),
+    "grows": (
+        "on {s} grows {v}.",
+        "what grows on {s} is {v}.",
+        "the plant of {s} is {v}.",
+        "{v} grows on the hill {s}.",
+        "the plant that you find on {s} is {v}.",
+    ),
+    "lies on": (
+        "{s} lies on the {v}.",
+        "the {v} flows through {s}.",
+        "the river of {s} is the {v}.",
+        "the river that flows through {s} is the {v}.",
+    ),
+    "market day": (
+        "the market in {s} is on {v}.",
+        "{s} has its market on {v}.",
+        "the market day of {s} is {v}.",
+        "the day of the market in {s} is {v}.",
+        "when the market is in {s} is {v}.",
+    ),
+    "known for": (
+        "{s} is known for {v}.",
+        "what {s} is known for is {v}.",
+        "the goods of {s} are {v}.",
+        "{s} is known for its {v}.",
+    ),
+}
+
+_RETELLINGS: tuple[str, ...] = (
+    "the village that {who} came from is {origin}.",
+    "{who} came from {origin}.",
+    "where {who} came from is {origin}.",
+    "the village that {who} went to is {destination}.",
+    "where {who} went is {destination}.",
+    "the day on which {who} travelled is {day}.",
+    "when {who} travelled is {day}.",
+    "who gave {who} something is {friend}.",
+    "what {who} got is {a_gift}.",
+    "what {friend} gave {who} is {a_gift}.",
+    "the animal that was there is {an_animal}.",
+    "the animal that came with the cart is {an_animal}.",
+    "the goods in the text are {comma_goods}.",
+    "the people in the text are {who}, {friend}.",
+    "the villages in the text are {origin}, {destination}.",
+    "the people named are {who} and {friend}.",
+    "the goods were {goods}.",
+    "the villages named are {origin} and {destination}.",
+)
+_SUMMARIES: tuple[str, ...] = (
+    "{who} took {goods} to {destination} and got {a_gift}.",
+    "so {who} took {goods} to {destination} and got {a_gift} from {friend}.",
+    "{who} of {origin} got {a_gift} for {goods}.",
+    "a journey from {origin} to {destination} brought {who} {a_gift}.",
+)
+
+
+def corpus(num_documents: int, seed: int) -> Iterator[str]:
+    """Yield documents, each a few sentences or lines; about 45 words on average."""
+    rng = derive_rng(seed, "builtin:pasture", "corpus")
+    for _ in range(num_documents):
+        yield _DOCUMENTS[int(rng.choice(len(_DOCUMENTS), p=_SHARES))](rng)
+
+
+def state(rng: np.random.Generator, fact: Fact) -> str:
+    """Return one fact as a sentence, in one of the wordings of its relation."""
+    template = pick(rng, _STATEMENTS[fact.relation])
+    fields = {"s": fact.subject, "v": fact.value, "as": a(fact.subject), "av": a(fact.value)}
+    return capitalise(template.format(**fields))
+
+
+def _portrait(rng: np.random.Generator) -> str:
+    """Everything about one villager, village, hill or animal, in any order."""
+    subject = pick(rng, pick(rng, (VILLAGERS, VILLAGERS, VILLAGERS, VILLAGES, HILLS, ANIMALS)))
+    facts = WORLD.about(subject)
+    return " ".join(state(rng, fact) for fact in pick_some(rng, facts, len(facts)))
+
+
+def _medley(rng: np.random.Generator) -> str:
+    """A handful of unrelated facts, every relation equally often."""
+    return " ".join(state(rng, _any_fact(rng)) for _ in range(2 + int(rng.integers(4))))
+
+
+def _any_fact(rng: np.random.Generator) -> Fact:
+    relation = pick(rng, tuple(RELATIONS))
+    subject = pick(rng, RELATIONS[relation][0])
+    return Fact(relation, subject, WORLD.value(relation, subject))
+
+
+def _register(rng: np.random.Generator) -> str:
+    """Lists: some members of a topic, drawn and ordered anew each time."""
+    lines = []
+    for _ in range(1 + int(rng.integers(3))):
+        topic, members = pick(rng, TOPICS)
+        number = 2 + int(rng.integers(min(len(members), 4) - 1))
+        chosen = pick_some(rng, members, number)
+        word = ("two", "three", "four")[number - 2]
+        form = pick(
+            rng,
+            (
+                f"{capitalise(word)} {topic} are {join(chosen)}.",
+                f"{capitalise(word)} {topic}: {', '.join(chosen)}.",
+                f"{capitalise(topic)}: {', '.join(chosen)}.",
+                f"{pick(rng, VILLAGERS)} can name {word} {topic}: {', '.join(chosen)}.",
+                f"{', '.join(chosen)} are {word} {topic}.",
+            ),
+        )
+        lines.append(form)
+    return "\n".join(lines)
+
+
+def _contrast(rng: np.random.Generator) -> str:
+    """What two animals give or eat, and what is not so."""
+    sentences = []
+    for _ in range(2 + int(rng.integers(3))):
+        relation, values = pick(rng, (("gives", PRODUCTS), ("eats", FODDER)))
+        one, other = pick_some(rng, ANIMALS, 2)
+        first, second = WORLD.value(relation, one), WORLD.value(relation, other)
+        wrong = pick(rng, [value for value in values if value != first])
+        verb = {"gives": "give", "eats": "eat"}[relation]
+        form = pick(
+            rng,
+            (
+                f"{a(one)} {relation} {first}, and {a(other)} {relation} {second}.",
+                f"{a(one)} {relation} {first}, but {a(other)} {relation} {second}.",
+                f"{a(one)} does not {verb} {wrong}, {a(one)} {relation} {first}.",
+                f"no, {a(one)} {relation} {first}, not {wrong}.",
+                f"yes, {a(one)} {relation} {first}.",
+                f"it is not true that {a(one)} {relation} {wrong}; {a(one)} {relation} {first}.",
+            ),
+        )
+        sentences.append(capitalise(form))
+    return " ".join(sentences)
+
+
+def _ledger(rng: np.random.Generator) -> str:
+    """Words with the kind of thing they are."""
+    kinds = pick_some(rng, tuple(KINDS), 2 + int(rng.integers(2)))
+    entries = [(word, kind) for kind in kinds for word in pick_some(rng, KINDS[kind], 2)]
+    if rng.integers(3) == 0:
+        entries = [(animal, WORLD.value("gives", animal)) for animal in pick_some(rng, ANIMALS, 5)]
+    entries = pick_some(rng, entries, len(entries))
+    if rng.integers(2):
+        return "\n".join(f"{word}: {kind}" for word, kind in entries)
+    return ", ".join(f"{word}: {kind}" for word, kind in entries)
+
+
+def _scene_fields(scene: Scene) -> dict[str, object]:
+    return {
+        **vars(scene),
+        "goods": join(scene.goods),
+        "comma_goods": ", ".join(scene.goods),
+        "an_animal": a(scene.animal),
+        "a_gift": a(scene.gift),
+    }
+
+
+def _chronicle(rng: np.random.Generator) -> str:
+    """A scene, then what was in it, said again in other words."""
+    scene = draw_scene(rng)
+    fields = _scene_fields(scene)
+    again = pick_some(rng, _RETELLINGS, 2 + int(rng.integers(4)))
+    if rng.integers(2):
+        again.insert(int(rng.integers(len(again) + 1)), pick(rng, _SUMMARIES))
+    return "\n".join([tell(rng, scene), " ".join(capitalise(line.format(**fields)) for line in again)])
+
+
+def _tale(rng: np.random.Generator) -> str:
+    """A two-sentence story or a notice."""
+    person, village = pick(rng, VILLAGERS), pick(rng, VILLAGES)
+    if rng.integers(2):
+        return tale_of(rng, person, pick(rng, ANIMALS), village)
+    return notice_of(rng, person, pick(rng, GOODS), village)
+
+
+_DOCUMENTS: tuple[Callable[[np.random.Generator], str], ...] = (
+    _portrait,
+    _medley,
+    _register,
+    _contrast,
+    _ledger,
+    _chronicle,
+    _tale,
+)
+_SHARES = (0.24, 0.2, 0.1, 0.08, 0.06, 0.24, 0.08)

@@ -1,0 +1,51 @@
+"""A conversation with a run's model."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import torch
+from safetensors.torch import load_file
+
+from fedit.config import RunConfig
+from fedit.data import encode_prompt
+from fedit.export import PEFT_PREFIX
+from fedit.interfaces import Adapter, EngineError, Example, Turn
+from fedit.model import StackedModel, load_base, load_tokenizer, resolve_device
+
+
+class Conversation:
+    """Turns so far, answered greedily under the template that the run was tuned with."""
+
+    def __init__(self, config: RunConfig, adapter_folder: Path | None, max_new_tokens: int) -> None:
+        device = resolve_device(config.engine.device)
+        self._template = config.data.template
+        self._max_new_tokens = max_new_tokens
+        self._turns: list[Turn] = []
+        self._model = StackedModel(
+            load_base(config.model, device), load_tokenizer(config.model.path), config.adapter
+        )
+        if adapter_folder is not None:
+            self._model.write(0, load_adapter(adapter_folder, config))
+
+    def clear(self) -> None:
+        """Forget the turns so far."""
+        self._turns.clear()
+
+    def answer(self, instruction: str) -> str:
+        """Return the model's answer to the next turn, and remember both."""
+        turn = Turn(instruction, "")
+        prompt = encode_prompt(Example((*self._turns, turn)), self._template, self._model.tokenizer)
+        with torch.inference_mode():
+            (text,) = self._model.generate([prompt], [0], self._max_new_tokens)
+        self._turns.append(Turn(instruction, text.strip()))
+        return text.strip()
+
+
+def load_adapter(folder: Path, config: RunConfig) -> Adapter:
+    """Return the adapter of a run's ``adapter/`` folder; raise EngineError where there is none yet."""
+    file = folder / "adapter_model.safetensors"
+    if not file.is_file():
+        raise EngineError(f"{folder} holds no adapter. The run writes it when its last round is done.")
+    tensors = {name.removeprefix(PEFT_PREFIX): tensor for name, tensor in load_file(file).items()}
+    return Adapter(tensors, config.adapter.max_rank, config.adapter.alpha)

@@ -1,0 +1,276 @@
+"""The command line: reads the arguments, calls the library, prints. Heavy imports wait inside the commands."""
+
+from __future__ import annotations
+
+import json
+import logging
+import os
+import sys
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any
+
+from cyclopts import App, Parameter
+from rich.console import Console
+from rich.table import Table
+
+from fedit.config import RunConfig, apply_overrides, load_config, load_plugins, parse_config
+from fedit.interfaces import ConfigError, FeditError, plugin_kinds, plugins
+
+if TYPE_CHECKING:
+    from fedit.experiment import FederatedData
+
+app = App(name="fedit", help="Federated instruction tuning: tune one LLM on everybody's instructions.")
+console = Console(stderr=True)
+"""What people read goes to stderr; stdout carries results alone."""
+
+Overrides = Annotated[
+    list[str] | None,
+    Parameter(name=["--override", "-o"], negative="", help="Set a key of the recipe: -o client.learning_rate=1e-3"),
+]
+PluginFiles = Annotated[
+    list[Path] | None, Parameter(name="--plugin", negative="", help="A Python file that defines plug-ins")
+]
+Seed = Annotated[int | None, Parameter(help="The run's seed, instead of the recipe's")]
+AsJson = Annotated[bool, Parameter(name="--json", negative="", help="Print the result on stdout as JSON")]
+
+
+@app.command
+def run(
+    recipe: str = "default",
+    /,
+    *,
+    override: Overrides = None,
+    plugin: PluginFiles = None,
+    out: Annotated[Path | None, Parameter(help="The run folder; by default a new one, runs/<recipe>")] = None,
+    resume: Annotated[Path | None, Parameter(help="Go on with the run in this folder")] = None,
+    seed: Seed = None,
+    as_json: AsJson = False,
+) -> None:
+    """Run the experiment: base, local-only, centralised and federated, evaluated and reported.
+
+    RECIPE is a TOML file or the name of a shipped recipe.
+    """
+    if resume is not None:
+        config, recipe, plugin = _resumed(resume, override, plugin, out, seed)
+        folder = resume
+    else:
+        config = _load(recipe, override, plugin, seed)
+        folder = out or _new_folder(Path(recipe).stem)
+    _quiet()
+    from fedit.experiment import check_folder, run_experiment
+    from fedit.live import LiveView
+    from fedit.report.terminal import final_table
+
+    check_folder(folder, config, resume=resume is not None)
+    data = _prepare(config)
+    try:
+        with LiveView(console) as view:
+            result = run_experiment(config, folder, data, view, recipe=recipe, plugin_files=plugin or ())
+    except KeyboardInterrupt:
+        console.print(f"\nInterrupted. What was finished is saved; go on with:\n  fedit run --resume {folder}", highlight=False)
+        sys.exit(130)
+    except FeditError:
+        console.print(f"The run stopped; go on with:  fedit run --resume {folder}", highlight=False)
+        raise
+    console.print(final_table(result.evaluation))
+    console.print(f"Report:  {folder / 'report.html'}\nAdapter: {folder / 'adapter'}", highlight=False, soft_wrap=True)
+    if as_json:
+        _print_json({"folder": str(folder), **result.evaluation})
+
+
+@app.command
+def check(
+    recipe: str = "default",
+    /,
+    *,
+    override: Overrides = None,
+    plugin: PluginFiles = None,
+    seed: Seed = None,
+    as_json: AsJson = False,
+) -> None:
+    """Check a recipe against its data and model without training anything."""
+    config = _load(recipe, override, plugin, seed)
+    _quiet()
+    from fedit.model import find_targets, load_base, resolve_device
+
+    data = _prepare(config)
+    base = load_base(config.model, resolve_device(config.engine.device))
+    targets = find_targets(base, config.adapter.target_modules)
+    parameters = sum(parameter.numel() for parameter in base.parameters())
+    console.print(f"Base: {parameters:,} parameters, {len(targets)} adapted layers. Ready to run.", highlight=False)
+    if as_json:
+        _print_json(data.summary)
+
+
+@app.command
+def partition(
+    recipe: str = "default",
+    /,
+    *,
+    override: Overrides = None,
+    plugin: PluginFiles = None,
+    out: Annotated[Path | None, Parameter(help="Write the client x category picture to this SVG file")] = None,
+    seed: Seed = None,
+    as_json: AsJson = False,
+) -> None:
+    """Show who holds what: clients by categories."""
+    config = _load(recipe, override, plugin, seed)
+    _quiet()
+    data = _prepare(config)
+    if out is not None:
+        from fedit.report.plots import partition_picture
+
+        out.write_text(partition_picture(data.summary), encoding="utf-8")
+        console.print(f"Picture: {out}", highlight=False)
+    if as_json:
+        _print_json(data.summary)
+
+
+@app.command
+def report(folder: Path, /) -> None:
+    """Write report.html of a run folder again; works on unfinished runs too."""
+    from fedit.report import write_report
+
+    console.print(f"Report: {write_report(folder)}", highlight=False, soft_wrap=True)
+
+
+@app.command
+def export(
+    folder: Path, /, *, merged: Annotated[Path, Parameter(help="The folder for base + adapter as one ordinary model")]
+) -> None:
+    """Merge a run's adapter into its base (the adapter alone is in FOLDER/adapter already)."""
+    config = _run_config(folder)
+    _quiet()
+    from fedit.export import save_merged
+
+    save_merged(folder / "adapter", merged, config.model.path)
+    console.print(f"Merged model: {merged}", highlight=False, soft_wrap=True)
+
+
+@app.command
+def chat(
+    folder: Path,
+    /,
+    *,
+    base: Annotated[bool, Parameter(negative="", help="Talk to the untuned base instead")] = False,
+    max_new_tokens: int = 256,
+) -> None:
+    """Talk to a run's federated model on the terminal. /new starts over, /quit (or Ctrl-D) ends."""
+    config = _run_config(folder)
+    _quiet()
+    from fedit.chat import Conversation
+
+    conversation = Conversation(config, None if base else folder / "adapter", max_new_tokens)
+    while True:
+        try:
+            line = console.input("[bold]> [/bold]").strip()
+        except (EOFError, KeyboardInterrupt):
+            return
+        if line == "/quit":
+            return
+        if line == "/new":
+            conversation.clear()
+        elif line:
+            print(conversation.answer(line), flush=True)
+
+
+@app.command(name="plugins")
+def list_plugins(*, plugin: PluginFiles = None, as_json: AsJson = False) -> None:
+    """List what can be named in a recipe: templates, partitions, aggregations, server optimizers."""
+    load_plugins(plugin or ())
+    listed: list[dict[str, Any]] = []
+    for kind in plugin_kinds():
+        for name, member in sorted(plugins(kind).items()):
+            fields = {
+                key: "required" if field.is_required() else field.get_default() for key, field in member.model_fields.items()
+            }
+            what = (member.__doc__ or "").strip().partition("\n")[0]
+            listed.append({"kind": kind, "name": name, "parameters": fields, "description": what})
+    if as_json:
+        _print_json(listed)
+        return
+    table = Table(box=None)
+    for header in ("Table", "Name", "Parameters", "What it does"):
+        table.add_column(header)
+    for item in listed:
+        shown = ", ".join(f"{key} = {value}" for key, value in item["parameters"].items())
+        table.add_row(item["kind"], item["name"], shown, item["description"])
+    Console().print(table)
+
+
+def main() -> None:
+    """Run the command line; a `FeditError` is one message on stderr and exit status 1."""
+    logging.basicConfig(format="%(levelname)s: %(message)s", level=logging.WARNING)
+    try:
+        app()
+    except FeditError as error:
+        console.print(f"[bold red]error:[/bold red] {type(error).__name__}", highlight=False)
+        console.print(str(error), markup=False, highlight=False, soft_wrap=True)
+        sys.exit(1)
+
+
+# --------------------------------------------------------------------------------------------------------- helpers
+
+
+def _load(recipe: str, override: list[str] | None, plugin: list[Path] | None, seed: int | None) -> RunConfig:
+    overrides = [*(override or []), *([] if seed is None else [f"seed={seed}"])]
+    return load_config(recipe, overrides, plugin or ())
+
+
+def _resumed(
+    folder: Path, override: list[str] | None, plugin: list[Path] | None, out: Path | None, seed: int | None
+) -> tuple[RunConfig, str, list[Path] | None]:
+    """Return what `folder` was started with; nothing but the rest of the run may be asked for."""
+    if override or out is not None or seed is not None:
+        raise ConfigError("--resume goes on with the run as it was configured: leave out -o, --out and --seed.")
+    described = _described(folder)
+    plugin = plugin or [Path(file) for file in described.get("plugin_files", [])]
+    load_plugins(plugin)
+    return parse_config(described["config"]), described["recipe"], plugin
+
+
+def _run_config(folder: Path) -> RunConfig:
+    described = _described(folder)
+    load_plugins([Path(file) for file in described.get("plugin_files", [])])
+    return parse_config(described["config"])
+
+
+def _described(folder: Path) -> dict[str, Any]:
+    from fedit.report import RunFolder
+
+    return dict(RunFolder.read(folder).config)
+
+
+def _prepare(config: RunConfig) -> FederatedData:
+    from fedit.experiment import prepare_data
+    from fedit.report.terminal import preflight_table
+
+    with console.status("Reading and encoding the rows"):
+        data = prepare_data(config)
+    console.print(preflight_table(data.summary))
+    return data
+
+
+def _new_folder(name: str) -> Path:
+    """Return runs/<name>, or the first of runs/<name>-2, -3, ... that does not exist."""
+    folder, number = Path("runs") / name, 2
+    while folder.exists():
+        folder, number = Path("runs") / f"{name}-{number}", number + 1
+    return folder
+
+
+def _quiet() -> None:
+    """Keep transformers' own progress bars and advice out of ours."""
+    os.environ.setdefault("TOKENIZERS_PARALLELISM", "true")
+    from transformers.utils import logging as transformers_logging
+
+    transformers_logging.disable_progress_bar()
+    transformers_logging.set_verbosity_error()
+
+
+def _print_json(value: Any) -> None:
+    print(json.dumps(value, indent=2, ensure_ascii=False))
+
+
+if __name__ == "__main__":
+    main()

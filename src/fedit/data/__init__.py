@@ -1,0 +1,17 @@
+"""Rows -> `Example` -> token ids: reading, templates, encoding."""
+
+from fedit.data.encoding import Dropped, EncodingReport, encode, encode_all, encode_prompt
+from fedit.data.loading import load_examples
+from fedit.data.templates import AlpacaTemplate, ChatTemplate, PlainTemplate
+
+__all__ = [
+    "AlpacaTemplate",
+    "ChatTemplate",
+    "Dropped",
+    "EncodingReport",
+    "PlainTemplate",
+    "encode",
+    "encode_all",
+    "encode_prompt",
+    "load_examples",
+]

@@ -1,0 +1,119 @@
+"""Run models on held-out rows: the loss of each reference response, and generated answers.
+
+All models are adapters on the one base, so rows of different models share a forward pass.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Mapping, Sequence
+
+import numpy as np
+import torch
+
+from fedit.evaluation.checks import exact_match, passes
+from fedit.evaluation.metrics import Prediction, rouge_l
+from fedit.interfaces import Adapter, EncodedExample
+from fedit.model import Batch, StackedModel
+from fedit.tuning import group_by_length
+
+NUM_SLOTS = 16
+"""Adapters evaluated at the same time."""
+GENERATED_ROWS = {"cpu": 128, "cuda": 512}
+"""Rows of a generation batch."""
+
+
+def mean_loss(model: StackedModel, adapter: Adapter, examples: Sequence[EncodedExample]) -> float:
+    """Return the mean negative log-likelihood (nats) over all response tokens of `examples`."""
+    (losses,) = response_losses(model, [adapter], examples)
+    return float(losses.sum() / sum(example.num_supervised for example in examples))
+
+
+def predict(
+    model: StackedModel,
+    adapters: Mapping[str, Adapter | None],
+    examples: Sequence[EncodedExample],
+    max_new_tokens: int,
+    on_model: Callable[[int], None] = lambda num_models: None,
+) -> Iterator[Prediction]:
+    """Yield what every model (None: the base itself) does with every row, model by model.
+
+    `max_new_tokens` 0 measures the losses only. Overwrites the model's slots. `on_model` is told how many models each
+    group finished.
+    """
+    names = list(adapters)
+    for start in range(0, len(names), NUM_SLOTS):
+        group = names[start : start + NUM_SLOTS]
+        stacked = [adapters[name] for name in group]
+        losses = response_losses(model, stacked, examples)
+        answers = generate_answers(model, stacked, examples, max_new_tokens) if max_new_tokens else None
+        for position, name in enumerate(group):
+            for index, example in enumerate(examples):
+                answer = None if answers is None else answers[position][index]
+                yield _prediction(name, index, example, answer, float(losses[position, index]))
+        on_model(len(group))
+
+
+def response_losses(
+    model: StackedModel, adapters: Sequence[Adapter | None], examples: Sequence[EncodedExample]
+) -> np.ndarray:
+    """Return the summed negative log-likelihood (nats) of each row's response tokens, float64 [models, rows]."""
+    _fill(model, adapters)
+    pairs = [(slot, row) for slot in range(len(adapters)) for row in range(len(examples))]
+    losses = np.zeros((len(adapters), len(examples)))
+    for group in group_by_length([len(examples[row]) for _, row in pairs], model.device.type):
+        slots, rows = zip(*(pairs[i] for i in group), strict=True)
+        batch = Batch.collate([examples[row] for row in rows], slots, model.device)
+        with torch.inference_mode():
+            token_losses, row_of_token = model.token_losses(batch)
+            sums = torch.zeros(len(rows), dtype=torch.float64, device=model.device)
+            sums.index_add_(0, row_of_token, token_losses.double())
+        losses[list(slots), list(rows)] = sums.cpu().numpy()
+    return losses
+
+
+def generate_answers(
+    model: StackedModel, adapters: Sequence[Adapter | None], examples: Sequence[EncodedExample], max_new_tokens: int
+) -> list[list[str]]:
+    """Return each model's greedy answer to each row, [models][rows]."""
+    _fill(model, adapters)
+    prompts = [example.prompt_ids for example in examples]
+    pairs = [(slot, row) for slot in range(len(adapters)) for row in range(len(examples))]
+    # A batch lasts as long as its longest answer: the base, which never learned to stop, gets batches of its own.
+    pairs.sort(key=lambda pair: (adapters[pair[0]] is None, len(prompts[pair[1]])))
+    batch_rows = GENERATED_ROWS.get(model.device.type, GENERATED_ROWS["cuda"])
+    answers = [[""] * len(examples) for _ in adapters]
+    for start in range(0, len(pairs), batch_rows):
+        batch = pairs[start : start + batch_rows]
+        texts = model.generate([prompts[row] for _, row in batch], [slot for slot, _ in batch], max_new_tokens)
+        for (slot, row), text in zip(batch, texts, strict=True):
+            answers[slot][row] = text.strip()
+    return answers
+
+
+def _fill(model: StackedModel, adapters: Sequence[Adapter | None]) -> None:
+    model.allocate(len(adapters))
+    for slot, adapter in enumerate(adapters):
+        if adapter is not None:
+            model.write(slot, adapter)
+
+
+def _prediction(model: str, index: int, encoded: EncodedExample, answer: str | None, nll: float) -> Prediction:
+    example = encoded.example
+    reference = example.response
+    passed = score = None
+    if answer is not None:
+        passed = exact_match(answer, reference) if example.checks is None else passes(example.checks, answer)
+        score = rouge_l(answer, reference)
+    return Prediction(
+        model=model,
+        index=index,
+        category=example.category,
+        instruction=example.turns[-1].instruction,
+        context=example.turns[-1].context,
+        reference=reference,
+        answer=answer,
+        passed=passed,
+        rouge_l=score,
+        nll=nll,
+        num_tokens=encoded.num_supervised,
+    )

@@ -1,0 +1,57 @@
+"""The result in the formats that others load: a PEFT folder, a merged model."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+from peft import LoraConfig, PeftModel, TaskType
+from safetensors.torch import save
+from transformers import AutoModelForCausalLM
+
+from fedit.config import RunConfig
+from fedit.files import write_atomically
+from fedit.interfaces import Adapter, EngineError
+from fedit.model import StackedModel, load_tokenizer, resolve_path
+
+PEFT_PREFIX = "base_model.model."
+
+
+def save_adapter(adapter: Adapter, config: RunConfig, model: StackedModel, folder: Path) -> None:
+    """Write `adapter` so that ``PeftModel.from_pretrained(base, folder)`` loads it; its tokenizer lies beside it."""
+    described = LoraConfig(
+        base_model_name_or_path=resolve_path(config.model.path),
+        task_type=TaskType.CAUSAL_LM,
+        inference_mode=True,
+        r=adapter.rank,
+        lora_alpha=adapter.lora_alpha,  # type: ignore[arg-type]
+        lora_dropout=config.adapter.dropout,
+        target_modules=model.target_names(),
+        fan_in_fan_out=model.transposed_weights,
+    ).to_dict()
+    described["target_modules"] = sorted(described["target_modules"])
+    tensors = {PEFT_PREFIX + name: tensor.contiguous() for name, tensor in adapter.tensors.items()}
+    folder.mkdir(parents=True, exist_ok=True)
+    model.tokenizer.save_pretrained(folder)
+    text = json.dumps(described, indent=2, sort_keys=True, default=str)
+    write_atomically(folder / "adapter_config.json", text.encode())
+    write_atomically(folder / "adapter_model.safetensors", save(tensors, {"format": "pt"}))
+
+
+def save_merged(adapter_folder: Path, target: Path, base_path: str) -> None:
+    """Write base + adapter as one ordinary model, in the base's own dtype, with its tokenizer.
+
+    The sum is computed in float32 and rounded once.
+
+    Raises:
+        EngineError: there is no adapter in `adapter_folder`, or `target` is not empty.
+    """
+    if not (adapter_folder / "adapter_config.json").is_file():
+        raise EngineError(f"{adapter_folder} holds no adapter. The run writes it when its last round is done.")
+    if target.exists() and any(target.iterdir()):
+        raise EngineError(f"{target} is not empty. Give a new folder.")
+    base = AutoModelForCausalLM.from_pretrained(resolve_path(base_path), dtype="auto")
+    dtype = base.dtype
+    merged = PeftModel.from_pretrained(base.float(), adapter_folder).merge_and_unload()
+    merged.to(dtype).save_pretrained(target)
+    load_tokenizer(str(adapter_folder)).save_pretrained(target)

@@ -1,0 +1,344 @@
+"""The vocabulary and the extension points, on one page.
+
+Values that travel:      Example -> EncodedExample;  ClientTask -> ClientUpdate | ClientFailure -> Aggregate
+Extension points:        Template, Partition, Aggregation, ServerOptimizer (each a `Plugin`), and Engine
+Errors, one tree:        FeditError > ConfigError, DataError, RoundError, EngineError
+Randomness, one source:  derive_rng(seed, purpose, ...)
+
+An adapter tensor is named as PEFT names it, without PEFT's prefix: ``<module>.lora_A.weight`` is A [r, n] and
+``<module>.lora_B.weight`` is B [m, r] for a linear layer of n inputs and m outputs. The adapted layer computes
+``W0 x + (lora_alpha / rank) B A x``.
+"""
+
+from __future__ import annotations
+
+import difflib
+import hashlib
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING, Any, ClassVar, Protocol, Self
+
+import numpy as np
+from pydantic import BaseModel, ConfigDict, SerializerFunctionWrapHandler, model_serializer
+
+if TYPE_CHECKING:
+    from torch import Tensor
+    from transformers import PreTrainedTokenizerBase
+
+    from fedit.config import RunConfig
+
+
+# ---------------------------------------------------------------------------------------------------------- errors
+
+
+class FeditError(Exception):
+    """Whatever fedit refuses or fails at. The message says what, where, got, expected and how to fix it."""
+
+
+class ConfigError(FeditError):
+    """The run description is wrong or impossible. Raised before anything is loaded."""
+
+
+class DataError(FeditError):
+    """A file, row, column or tokenizer cannot be used; names the file and line where there is one."""
+
+
+class RoundError(FeditError):
+    """A round could not be completed; the last checkpoint is intact."""
+
+
+class EngineError(FeditError):
+    """The machine, the model or the transport cannot do what was asked."""
+
+
+def did_you_mean(name: str, known: Iterable[str]) -> str:
+    """Return a sentence that names the nearest known word, or all of them when none is near."""
+    known = sorted(known)
+    near = difflib.get_close_matches(name, known, n=1)
+    return f"Did you mean {near[0]!r}?" if near else f"Known: {', '.join(known) or 'none'}."
+
+
+# ------------------------------------------------------------------------------------------------------ randomness
+
+
+def derive_seed(seed: int, *purpose: str | int) -> int:
+    """Return a 63-bit seed for one purpose; any change of `seed` or of a part of `purpose` gives an unrelated one."""
+    text = "\x1f".join(str(part) for part in (seed, *purpose))
+    return int.from_bytes(hashlib.sha256(text.encode()).digest()[:8], "big") >> 1
+
+
+def derive_rng(seed: int, *purpose: str | int) -> np.random.Generator:
+    """Return the generator of one purpose, e.g. ``derive_rng(seed, "cohort", round_index)``."""
+    return np.random.default_rng(derive_seed(seed, *purpose))
+
+
+# -------------------------------------------------------------------------------------------------- rows and tokens
+
+
+@dataclass(frozen=True, slots=True)
+class Turn:
+    """One exchange: what the user asks (with an optional context to work on) and what the model should answer."""
+
+    instruction: str
+    response: str
+    context: str = ""
+
+
+@dataclass(frozen=True, slots=True)
+class Example:
+    """One row: its turns (one, except for chats) and what is known about it."""
+
+    turns: tuple[Turn, ...]
+    category: str = "uncategorised"
+    system: str = ""
+    client: str | None = None
+    """The client that the data itself names (a column, or one file per client); used by the natural partition."""
+    checks: Mapping[str, Any] | None = None
+    """How a program verifies any generated answer (`fedit.evaluation.checks`); None: compare with the response."""
+    source: str = ""
+    """Where the row came from, e.g. ``data/train.jsonl:17``."""
+
+    @property
+    def response(self) -> str:
+        """The last response: what generation is compared with."""
+        return self.turns[-1].response
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class EncodedExample:
+    """An example as token ids; every supervised position is part of a response or its end-of-sequence token."""
+
+    input_ids: np.ndarray
+    """int32 [T]"""
+    supervised: np.ndarray
+    """bool [T]: the loss is taken on predicting these tokens"""
+    example: Example
+
+    @property
+    def num_supervised(self) -> int:
+        return int(self.supervised.sum())
+
+    @property
+    def prompt_ids(self) -> np.ndarray:
+        """Everything before the last response, int32: what generation starts from."""
+        last_unsupervised = np.flatnonzero(~self.supervised)[-1]
+        return self.input_ids[: last_unsupervised + 1]
+
+    def __len__(self) -> int:
+        return len(self.input_ids)
+
+
+@dataclass(frozen=True, slots=True)
+class Segment:
+    """A piece of rendered text. A supervised segment is a response; the tokenizer's EOS is added where it lacks it."""
+
+    text: str
+    supervised: bool
+
+
+# --------------------------------------------------------------------------------------------------- what travels
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class Adapter:
+    """LoRA tensors (float32, CPU) by name; also the shape of an update, the difference of two adapters."""
+
+    tensors: Mapping[str, Tensor]
+    rank: int
+    lora_alpha: float
+
+    @property
+    def scaling(self) -> float:
+        return self.lora_alpha / self.rank
+
+    def modules(self) -> list[str]:
+        """The adapted linear layers, in order."""
+        return [name.removesuffix(".lora_A.weight") for name in self.tensors if name.endswith(".lora_A.weight")]
+
+    def cut(self, rank: int) -> Adapter:
+        """Return the first `rank` components, rescaled so that they do the same under ``lora_alpha / rank``."""
+        if rank == self.rank:
+            return self
+        factor = (rank / self.rank) ** 0.5
+        tensors = {
+            name: factor * (tensor[:rank] if name.endswith(".lora_A.weight") else tensor[:, :rank])
+            for name, tensor in self.tensors.items()
+        }
+        return Adapter(tensors, rank, self.lora_alpha)
+
+    def with_tensors(self, tensors: Mapping[str, Tensor]) -> Adapter:
+        return Adapter(tensors, self.rank, self.lora_alpha)
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class ClientTask:
+    """What the server asks of one client: tune the received adapter in this round."""
+
+    client: str
+    round_index: int
+    adapter: Adapter
+    """The received adapter, of this client's own rank."""
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class ClientUpdate:
+    """What a client returns."""
+
+    client: str
+    update: Adapter
+    """tuned adapter - received adapter"""
+    num_examples: int
+    """Rows the client holds (the weight of FedAvg)."""
+    num_tokens: int
+    """Tokens trained on in this round, without padding, repeated passes counted."""
+    loss: float
+    """Mean training loss per response token over the round's steps, nats."""
+
+
+@dataclass(frozen=True, slots=True)
+class ClientFailure:
+    """A client that returned nothing usable; a value, recorded in the round."""
+
+    client: str
+    reason: str
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class Aggregate:
+    """What an aggregation made of a round's updates."""
+
+    delta: Mapping[str, Tensor]
+    """The pseudo-gradient by tensor name, float64: what the server optimizer adds to the global adapter."""
+    metrics: Mapping[str, float] = field(default_factory=dict)
+    """``aggregation_loss``: ||sum_k p_k s_k B_k A_k - what was kept||_F / ||sum_k p_k s_k B_k A_k||_F, over all layers"""
+
+
+class Engine(Protocol):
+    """Where clients live. The server loop sees nothing else of them."""
+
+    def client_ids(self) -> Sequence[str]:
+        """Every registered client, in a fixed order."""
+        ...
+
+    def run(self, tasks: Sequence[ClientTask]) -> Iterator[ClientUpdate | ClientFailure]:
+        """Yield one result per task, in any order, as clients finish."""
+        ...
+
+
+# ------------------------------------------------------------------------------------------------------- plug-ins
+
+_registry: dict[str, dict[str, type[Plugin]]] = {}
+
+
+class Plugin(BaseModel):
+    """A plug-in is its configuration: the fields are its parameters, the docstring is its documentation.
+
+    Defining a subclass that has a ``name`` registers it under the ``kind`` of its base class, so that the TOML table
+    ``[<kind>] name = "<name>"`` selects it and the table's other keys are its fields.
+    """
+
+    model_config = ConfigDict(frozen=True, extra="forbid")
+    kind: ClassVar[str]
+    name: ClassVar[str]
+
+    @classmethod
+    def __pydantic_init_subclass__(cls, **kwargs: Any) -> None:
+        super().__pydantic_init_subclass__(**kwargs)
+        if "name" not in cls.__dict__:
+            return
+        known = _registry.setdefault(cls.kind, {})
+        other = known.get(cls.name)
+        if other is not None and (other.__module__, other.__qualname__) != (cls.__module__, cls.__qualname__):
+            raise ConfigError(
+                f"Two {cls.kind} plug-ins are named {cls.name!r}: {other.__module__}.{other.__qualname__} and "
+                f"{cls.__module__}.{cls.__qualname__}. Rename one."
+            )
+        known[cls.name] = cls
+
+    @classmethod
+    def resolve(cls, value: object) -> Self:
+        """Return the plug-in that a configuration value (a name, or a table with a name) describes.
+
+        Raises:
+            ConfigError: no name, or one that nobody registered.
+        """
+        if isinstance(value, cls):
+            return value
+        table = {"name": value} if isinstance(value, str) else dict(value) if isinstance(value, Mapping) else {}
+        name = table.pop("name", None)
+        if not isinstance(name, str):
+            raise ConfigError(f"[{cls.kind}]: expected a name, got {value!r}. {did_you_mean('', plugins(cls.kind))}")
+        chosen = plugins(cls.kind).get(name)
+        if chosen is None:
+            raise ConfigError(f"[{cls.kind}] name = {name!r} is unknown. {did_you_mean(name, plugins(cls.kind))}")
+        return chosen.model_validate(table)  # type: ignore[return-value]
+
+    @model_serializer(mode="wrap")
+    def _with_name(self, handler: SerializerFunctionWrapHandler) -> dict[str, Any]:
+        return {"name": self.name, **handler(self)}
+
+    def check(self, run: RunConfig) -> None:
+        """Raise ConfigError if this plug-in cannot work in `run`. Called when the configuration loads."""
+
+
+def plugins(kind: str) -> Mapping[str, type[Plugin]]:
+    """Return the registered plug-ins of one kind by name."""
+    return _registry.get(kind, {})
+
+
+def plugin_kinds() -> list[str]:
+    """Return every kind that has a registered plug-in."""
+    return sorted(_registry)
+
+
+class Template(Plugin):
+    """How an example becomes text: prompt and response segments in order."""
+
+    kind: ClassVar[str] = "template"
+    special_tokens: ClassVar[bool] = False
+    """Whether the rendered text spells special tokens, BOS included (chat templates). Otherwise a special token's
+    text in a row stays text, and the tokenizer's BOS is added."""
+
+    def render(self, example: Example, tokenizer: PreTrainedTokenizerBase) -> list[Segment]:
+        """Return the segments. The last is supervised; joining the texts before it gives the prompt of generation."""
+        raise NotImplementedError
+
+
+class Partition(Plugin):
+    """Who owns which example."""
+
+    kind: ClassVar[str] = "partition"
+
+    def split(self, examples: Sequence[Example], rng: np.random.Generator) -> dict[str, np.ndarray]:
+        """Return the indices into `examples` of every client by its name; disjoint, none empty.
+
+        Raises:
+            DataError: the examples cannot be split so (too few rows, one category only, no client column).
+        """
+        raise NotImplementedError
+
+
+class Aggregation(Plugin):
+    """Many updates -> one. Computes in float64, in the order in which the updates come (client order)."""
+
+    kind: ClassVar[str] = "aggregation"
+    mixed_ranks: ClassVar[bool] = False
+    """Whether clients may train adapters of different ranks."""
+    refactors: ClassVar[bool] = False
+    """Whether A and B come back in another basis, so that no server state may refer to the old one."""
+
+    def aggregate(self, adapter: Adapter, updates: Iterable[ClientUpdate]) -> Aggregate:
+        """Combine a round's updates to the global `adapter`; consumes `updates` one by one."""
+        raise NotImplementedError
+
+
+class ServerOptimizer(Plugin):
+    """How the server moves the global adapter along the aggregate."""
+
+    kind: ClassVar[str] = "server_optimizer"
+
+    def apply(
+        self, adapter: Adapter, delta: Mapping[str, Tensor], state: Mapping[str, Tensor]
+    ) -> tuple[Adapter, Mapping[str, Tensor]]:
+        """Return the next global adapter and optimizer state; `state` is empty in the first round."""
+        raise NotImplementedError

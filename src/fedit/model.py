@@ -1,0 +1,392 @@
+"""The frozen base and the stacked LoRA adapters on its linear layers.
+
+One base is resident; S adapters ("slots") lie over it. A batch names a slot for each of its rows, and every adapted
+layer computes ``W0 x + s_k B_k A_k x`` with the row's own slot k, so one forward pass serves many clients. Because W0
+is frozen and rows do not see each other, the result equals S models run one by one.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+from torch.nn.functional import cross_entropy
+from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
+from transformers.pytorch_utils import Conv1D
+
+from fedit.builtin import CRIA_FOLDER
+from fedit.config import AdapterConfig, ModelConfig
+from fedit.interfaces import Adapter, EncodedExample, EngineError, did_you_mean
+
+# ---------------------------------------------------------------------------------------------------------- loading
+
+
+def resolve_device(device: str) -> torch.device:
+    """Return the torch device of `[engine] device`; raise EngineError where it is not there."""
+    if device == "auto":
+        return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    try:
+        resolved = torch.device(device)
+        torch.empty(0, device=resolved)
+    except (RuntimeError, AssertionError) as error:
+        raise EngineError(f"[engine] device = {device!r} is not usable here: {error}. Try cpu.") from error
+    return resolved
+
+
+def resolve_dtype(dtype: str, device: torch.device) -> torch.dtype:
+    """Return the torch dtype of `[model] dtype`; auto is bfloat16 where `device` multiplies it natively."""
+    if dtype != "auto":
+        return {"float32": torch.float32, "bfloat16": torch.bfloat16}[dtype]
+    if device.type == "cuda":
+        return torch.bfloat16 if torch.cuda.is_bf16_supported(including_emulation=False) else torch.float32
+    capabilities = torch.cpu.get_capabilities()
+    native = any(capabilities.get(name, False) for name in ("avx512_bf16", "amx_bf16", "arm_bf16", "bf16"))
+    return torch.bfloat16 if native else torch.float32
+
+
+def resolve_path(path: str) -> str:
+    """Return the folder or Hub name of `[model] path`."""
+    return str(CRIA_FOLDER) if path == "builtin:cria" else path
+
+
+def load_tokenizer(path: str) -> PreTrainedTokenizerBase:
+    """Load the tokenizer of a model folder or Hub name; raise EngineError that says what is missing."""
+    try:
+        return AutoTokenizer.from_pretrained(resolve_path(path))
+    except (OSError, ValueError) as error:
+        raise EngineError(_not_loaded(path, "tokenizer", error)) from error
+
+
+def load_base(config: ModelConfig, device: torch.device) -> PreTrainedModel:
+    """Load the base frozen, in evaluation mode, on `device`; raise EngineError that says what is missing."""
+    dtype = resolve_dtype(config.dtype, device)
+    try:
+        base = AutoModelForCausalLM.from_pretrained(resolve_path(config.path), dtype=dtype)
+    except (OSError, ValueError) as error:
+        raise EngineError(_not_loaded(config.path, "weights", error)) from error
+    base.requires_grad_(False)
+    return base.to(device).eval()
+
+
+def _not_loaded(path: str, what: str, error: Exception) -> str:
+    folder = Path(path)
+    if folder.is_dir():
+        found = ", ".join(sorted(item.name for item in folder.iterdir())) or "nothing"
+        return f"[model] path = {path!r}: the folder has no usable {what} (it holds: {found}). {error}"
+    return (
+        f"[model] path = {path!r}: no such folder, and the Hugging Face Hub gave no {what}. Check the name and the "
+        f"network (HF_HUB_OFFLINE=1 uses only what is cached), or give a local folder. {error}"
+    )
+
+
+# ---------------------------------------------------------------------------------------------------- stacked LoRA
+
+
+@dataclass(frozen=True, eq=False)
+class Batch:
+    """Rows for one forward pass, padded on the right to the longest.
+
+    No attention mask is needed: under causal attention nothing looks at padding that lies to its right.
+    """
+
+    input_ids: Tensor
+    """int64 [R, T]"""
+    supervised: Tensor
+    """bool [R, T]: the loss is taken on predicting these tokens"""
+    slots: Tensor
+    """int64 [R]: the adapter of each row"""
+    dropout_seeds: Sequence[int] = ()
+    """One per row, where adapter dropout applies"""
+
+    @staticmethod
+    def collate(
+        examples: Sequence[EncodedExample], slots: Sequence[int], device: torch.device, seeds: Sequence[int] = ()
+    ) -> Batch:
+        """Return the batch of `examples`, the i-th under the adapter ``slots[i]``."""
+        length = max(len(example) for example in examples)
+        input_ids = np.zeros((len(examples), length), dtype=np.int64)
+        supervised = np.zeros((len(examples), length), dtype=bool)
+        for row, example in enumerate(examples):
+            input_ids[row, : len(example)] = example.input_ids
+            supervised[row, : len(example)] = example.supervised
+        supervised[:, 0] = False
+        return Batch(
+            torch.from_numpy(input_ids).to(device),
+            torch.from_numpy(supervised).to(device),
+            torch.as_tensor(slots, dtype=torch.int64, device=device),
+            seeds,
+        )
+
+
+@dataclass(eq=False)
+class _Routing:
+    """What the adapted layers and the head must know of the current forward pass; shared by all of them."""
+
+    slots: Tensor | None = None
+    scaling: Tensor | None = None
+    dropout: list[torch.Generator] | None = None
+    head_positions: Tensor | None = None
+
+
+class StackedLora(nn.Module):
+    """A frozen linear layer plus ``scaling[k] * B[k] A[k] x`` for the slot k of each row of x [R, T, n]."""
+
+    lora_A: nn.Parameter
+    lora_B: nn.Parameter
+
+    def __init__(self, name: str, base: nn.Module, routing: _Routing, dropout: float) -> None:
+        super().__init__()
+        self.name = name
+        self.base = base
+        self.num_inputs, self.num_outputs = _linear_shape(base)
+        self._routing = routing
+        self._dropout = dropout
+
+    def forward(self, x: Tensor) -> Tensor:
+        output = self.base(x)
+        routing = self._routing
+        if routing.slots is None or routing.scaling is None:
+            return output
+        if x.dim() != 3 or x.shape[0] != len(routing.slots):
+            raise EngineError(
+                f"Layer {self.name} receives {list(x.shape)}, not [rows, tokens, features]: its rows cannot be told "
+                "apart (an expert layer?). Leave it out of [adapter] target_modules."
+            )
+        if routing.dropout is not None:
+            x = x * self._dropout_mask(x, routing.dropout)
+        # Gathering a copy of A and B per row costs r/T of the product itself and needs no equal rows per slot.
+        a = self.lora_A.to(x.dtype).index_select(0, routing.slots)
+        b = (self.lora_B * routing.scaling[:, None, None]).to(x.dtype).index_select(0, routing.slots)
+        return torch.baddbmm(output, torch.bmm(x, a.transpose(1, 2)), b.transpose(1, 2))
+
+    def _dropout_mask(self, x: Tensor, generators: Sequence[torch.Generator]) -> Tensor:
+        """Each row draws from its own generator, position by position, so its mask depends on no other row."""
+        keep = 1.0 - self._dropout
+        rows = [torch.rand(x.shape[1:], generator=generator, device=x.device) < keep for generator in generators]
+        return torch.stack(rows).to(x.dtype) / keep
+
+
+class StackedModel:
+    """A frozen causal LM with S LoRA slots on its linear layers.
+
+    All slots live in one matrix ``parameters`` [S, d], float32 unless the base is float64: a row is a client's whole
+    adapter, each layer's A [S, r, n] and B [S, m, r] are views of its columns. An adapter of a lower rank fills
+    the first rows of A and columns of B; the rest stay exactly zero, because their gradients are.
+    """
+
+    def __init__(self, base: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, config: AdapterConfig) -> None:
+        self.base = base
+        self.tokenizer = tokenizer
+        self.device = base.device
+        self.rank = config.max_rank
+        self.lora_alpha = config.alpha
+        self.dropout = config.dropout
+        self._routing = _Routing()
+        self.layers = [
+            _replace(base, name, StackedLora(name, layer, self._routing, config.dropout))
+            for name, layer in find_targets(base, config.target_modules).items()
+        ]
+        self._head = base.get_output_embeddings()
+        self._head.register_forward_pre_hook(self._select_supervised)
+        self.allocate(1)
+
+    # -- adapters in and out
+
+    @property
+    def num_parameters(self) -> int:
+        """d: the parameters of one adapter of the full rank."""
+        return sum(self.rank * (layer.num_inputs + layer.num_outputs) for layer in self.layers)
+
+    @property
+    def num_slots(self) -> int:
+        return len(self.scaling)
+
+    @property
+    def transposed_weights(self) -> bool:
+        """Whether the adapted layers keep their weight as [inputs, outputs] (GPT-2's Conv1D)."""
+        return isinstance(self.layers[0].base, Conv1D)
+
+    def target_names(self) -> list[str]:
+        """Return names that select exactly the adapted layers in PEFT: name endings where they suffice."""
+        adapted = {layer.name for layer in self.layers}
+        endings = sorted({name.rpartition(".")[2] for name in adapted})
+        others = [name for name, module in self.base.named_modules() if _is_linear(module)]
+        bases = {f"{name}.base" for name in adapted}
+        if any(name.rpartition(".")[2] in endings for name in others if name not in bases):
+            return sorted(adapted)
+        return endings
+
+    def allocate(self, num_slots: int) -> None:
+        """Make `num_slots` empty slots (B = A = 0: the base itself); whatever the slots held is gone."""
+        dtype = torch.promote_types(self.base.dtype, torch.float32)
+        self.parameters = torch.zeros(num_slots, self.num_parameters, device=self.device, dtype=dtype)
+        self.scaling = torch.zeros(num_slots, device=self.device, dtype=dtype)
+        offset = 0
+        for layer in self.layers:
+            for name, shape in _factor_shapes(layer, self.rank).items():
+                columns = slice(offset, offset + math.prod(shape))
+                setattr(layer, name, nn.Parameter(self.parameters[:, columns].view(num_slots, *shape)))
+                offset = columns.stop
+
+    def take_gradients(self) -> Tensor:
+        """Return the gradients that backward passes have added up since the last call, [S, d] like `parameters`."""
+        columns = []
+        for layer in self.layers:
+            for parameter in (layer.lora_A, layer.lora_B):
+                gradient = torch.zeros_like(parameter) if parameter.grad is None else parameter.grad
+                columns.append(gradient.reshape(self.num_slots, -1))
+                parameter.grad = None
+        return torch.cat(columns, dim=1)
+
+    def fresh_adapter(self, rng: np.random.Generator) -> Adapter:
+        """Return an untrained adapter of the full rank as PEFT initialises it: A uniform in +-1/sqrt(n), B zero."""
+        tensors = {}
+        for layer in self.layers:
+            bound = 1 / math.sqrt(layer.num_inputs)
+            a = rng.uniform(-bound, bound, (self.rank, layer.num_inputs)).astype(np.float32)
+            tensors[f"{layer.name}.lora_A.weight"] = torch.from_numpy(a)
+            tensors[f"{layer.name}.lora_B.weight"] = torch.zeros(layer.num_outputs, self.rank)
+        return Adapter(tensors, self.rank, self.lora_alpha)
+
+    def write(self, slot: int, adapter: Adapter) -> None:
+        """Copy `adapter` into a slot.
+
+        Raises:
+            EngineError: tensors are missing, unexpected or of another shape; nothing is written then.
+        """
+        expected = {
+            f"{layer.name}.{name}.weight": shape
+            for layer in self.layers
+            for name, shape in _factor_shapes(layer, adapter.rank).items()
+        }
+        got = {name: tuple(tensor.shape) for name, tensor in adapter.tensors.items()}
+        if got != expected or adapter.rank > self.rank:
+            wrong = sorted(name for name in got.keys() | expected.keys() if got.get(name) != expected.get(name))
+            raise EngineError(
+                f"The adapter (rank {adapter.rank}) does not fit the model (rank up to {self.rank}): {len(wrong)} "
+                f"tensors differ, first {wrong[:3]}: got {[got.get(name) for name in wrong[:3]]}, expected "
+                f"{[expected.get(name) for name in wrong[:3]]}. Nothing was loaded."
+            )
+        with torch.no_grad():
+            self.parameters[slot] = 0
+            self.scaling[slot] = adapter.scaling
+            for layer in self.layers:
+                layer.lora_A[slot, : adapter.rank] = adapter.tensors[f"{layer.name}.lora_A.weight"].to(self.device)
+                layer.lora_B[slot, :, : adapter.rank] = adapter.tensors[f"{layer.name}.lora_B.weight"].to(self.device)
+
+    def read(self, slot: int, rank: int) -> dict[str, Tensor]:
+        """Return a copy of a slot's tensors on the CPU, cut to `rank`."""
+        tensors = {}
+        for layer in self.layers:
+            tensors[f"{layer.name}.lora_A.weight"] = layer.lora_A.detach()[slot, :rank].cpu().clone()
+            tensors[f"{layer.name}.lora_B.weight"] = layer.lora_B.detach()[slot, :, :rank].cpu().clone()
+        return tensors
+
+    # -- forward
+
+    def token_losses(self, batch: Batch) -> tuple[Tensor, Tensor]:
+        """Return the negative log-likelihood (nats, [N]) of each supervised token, and its row (int64 [N]).
+
+        The head sees only the N positions that predict a supervised token; the order is row by row.
+        """
+        row, position = batch.supervised.nonzero(as_tuple=True)
+        head_positions = row * batch.input_ids.shape[1] + position - 1
+        with self._route(batch.slots, head_positions, batch.dropout_seeds):
+            logits = self.base(input_ids=batch.input_ids, use_cache=False).logits[0]
+        logits = logits.to(torch.promote_types(logits.dtype, torch.float32))
+        return cross_entropy(logits, batch.input_ids[row, position], reduction="none"), row
+
+    @torch.inference_mode()
+    def generate(self, prompts: Sequence[np.ndarray], slots: Sequence[int], max_new_tokens: int) -> list[str]:
+        """Return the greedy continuation of each prompt (int32 ids) under its row's slot, up to EOS."""
+        length = max(len(prompt) for prompt in prompts)
+        input_ids = torch.zeros(len(prompts), length, dtype=torch.int64)
+        attention_mask = torch.zeros_like(input_ids)
+        for row, prompt in enumerate(prompts):
+            input_ids[row, length - len(prompt) :] = torch.from_numpy(prompt.astype(np.int64))
+            attention_mask[row, length - len(prompt) :] = 1
+        eos = self.tokenizer.eos_token_id
+        with self._route(torch.as_tensor(slots, device=self.device)):
+            output = self.base.generate(
+                input_ids=input_ids.to(self.device),
+                attention_mask=attention_mask.to(self.device),
+                max_new_tokens=max_new_tokens,
+                do_sample=False,
+                eos_token_id=eos,
+                pad_token_id=eos,
+            )
+        return self.tokenizer.batch_decode(output[:, length:], skip_special_tokens=True)
+
+    @contextmanager
+    def _route(
+        self, slots: Tensor, head_positions: Tensor | None = None, dropout_seeds: Sequence[int] = ()
+    ) -> Iterator[None]:
+        routing = self._routing
+        routing.slots, routing.scaling, routing.head_positions = slots, self.scaling, head_positions
+        if self.dropout and len(dropout_seeds):
+            routing.dropout = [torch.Generator(self.device).manual_seed(seed) for seed in dropout_seeds]
+        try:
+            yield
+        finally:
+            routing.slots = routing.scaling = routing.head_positions = routing.dropout = None
+
+    def _select_supervised(self, _head: nn.Module, inputs: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
+        """Let the head see the chosen positions only; works for any architecture, whatever follows its head."""
+        positions = self._routing.head_positions
+        if positions is None:
+            return inputs
+        return (inputs[0].flatten(0, 1).index_select(0, positions)[None], *inputs[1:])
+
+
+# ---------------------------------------------------------------------------------------------------------- targets
+
+
+def find_targets(base: PreTrainedModel, target_modules: str | Sequence[str]) -> dict[str, nn.Module]:
+    """Return the linear layers to adapt by name, in the model's order.
+
+    A target is a layer's name or the end of one (``q_proj``), as in PEFT; ``all-linear`` is every linear layer but the
+    head.
+
+    Raises:
+        EngineError: a target matches nothing.
+    """
+    head = base.get_output_embeddings()
+    linear = {name: module for name, module in base.named_modules() if _is_linear(module) and module is not head}
+    if isinstance(target_modules, str):
+        return linear
+    found: dict[str, nn.Module] = {}
+    for target in target_modules:
+        matches = {name: module for name, module in linear.items() if name == target or name.endswith(f".{target}")}
+        if not matches:
+            endings = {name.rpartition(".")[2] for name in linear}
+            raise EngineError(f"[adapter] target_modules: {target!r} matches no layer. {did_you_mean(target, endings)}")
+        found |= matches
+    return {name: module for name, module in linear.items() if name in found}
+
+
+def _is_linear(module: nn.Module) -> bool:
+    return isinstance(module, nn.Linear | Conv1D)
+
+
+def _linear_shape(layer: nn.Module) -> tuple[int, int]:
+    """Return (inputs, outputs); GPT-2's Conv1D keeps its weight transposed."""
+    if isinstance(layer, Conv1D):
+        return layer.weight.shape[0], layer.weight.shape[1]
+    assert isinstance(layer, nn.Linear)
+    return layer.in_features, layer.out_features
+
+
+def _factor_shapes(layer: StackedLora, rank: int) -> Mapping[str, tuple[int, int]]:
+    return {"lora_A": (rank, layer.num_inputs), "lora_B": (layer.num_outputs, rank)}
+
+
+def _replace(base: nn.Module, name: str, layer: StackedLora) -> StackedLora:
+    parent, _, child = name.rpartition(".")
+    setattr(base.get_submodule(parent), child, layer)
+    return layer

@@ -1,0 +1,98 @@
+"""Reading a run folder: what is there, of a run that may be unfinished or still writing."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from fedit.interfaces import ConfigError, DataError
+
+
+@dataclass(frozen=True, slots=True)
+class RunFolder:
+    """The files of a run, parsed. What the run has not written yet is empty."""
+
+    path: Path
+    config: Mapping[str, Any]
+    """``config.json``: the configuration under ``config``; recipe, versions, hardware, model"""
+    partition: Mapping[str, Any]
+    """``partition.json``"""
+    rounds: Sequence[Mapping[str, Any]]
+    """``rounds.jsonl``, in order"""
+    timings: Sequence[Mapping[str, Any]]
+    """``timings.jsonl``: of rounds and of phases"""
+    evaluation: Mapping[str, Any]
+    """``evaluation.json``"""
+
+    @classmethod
+    def read(cls, path: Path) -> RunFolder:
+        """Read the folder `path`.
+
+        Raises:
+            ConfigError: `path` is no run folder.
+            DataError: a file of it is damaged; the last line of a JSONL file may be incomplete.
+        """
+        if not (path / "config.json").is_file():
+            what = "holds no config.json" if path.is_dir() else "is no folder"
+            raise ConfigError(f"{path} is not a run: it {what}. Give the folder that `fedit run` wrote.")
+        return cls(
+            path=path,
+            config=_read_json(path / "config.json"),
+            partition=_read_json(path / "partition.json"),
+            rounds=list(_read_lines(path / "rounds.jsonl")),
+            timings=list(_read_lines(path / "timings.jsonl")),
+            evaluation=_read_json(path / "evaluation.json"),
+        )
+
+    @property
+    def run(self) -> Mapping[str, Any]:
+        """The run's configuration, as `RunConfig.to_json` gave it."""
+        return self.config.get("config", {})
+
+    def answers(self) -> Iterator[Mapping[str, Any]]:
+        """Yield the lines of ``answers.jsonl`` one by one: a run of many clients has more than fit in memory."""
+        yield from _read_lines(self.path / "answers.jsonl")
+
+
+def _read_json(path: Path) -> Mapping[str, Any]:
+    if not path.is_file():
+        return {}
+    try:
+        return _object(path.read_text(encoding="utf-8"))
+    except ValueError as error:
+        raise DataError(f"{path} is damaged: {error}. Delete it, or restore it and try again.") from error
+
+
+def _read_lines(path: Path) -> Iterator[Mapping[str, Any]]:
+    if not path.is_file():
+        return
+    with path.open("rb") as file:
+        previous: tuple[int, bytes] | None = None
+        for number, line in enumerate(file, start=1):
+            if previous is not None:
+                yield _parse_line(path, *previous)
+            previous = number, line
+    if previous is None:
+        return
+    try:
+        last = _object(previous[1].decode())
+    except ValueError:
+        return  # the run is writing this line, or was killed while it did
+    yield last
+
+
+def _parse_line(path: Path, number: int, line: bytes) -> Mapping[str, Any]:
+    try:
+        return _object(line.decode())
+    except ValueError as error:
+        raise DataError(f"{path}:{number} is damaged: {error}. Delete the line and try again.") from error
+
+
+def _object(text: str) -> Mapping[str, Any]:
+    value = json.loads(text)
+    if not isinstance(value, dict):
+        raise ValueError(f"expected a JSON object, got {type(value).__name__}")  # noqa: TRY004 (as json's own errors)
+    return value

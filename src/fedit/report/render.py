@@ -1,0 +1,211 @@
+"""Run folder -> ``report.html``: gathers what each section of the template shows."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from jinja2 import Environment, PackageLoader, StrictUndefined
+
+from fedit.files import write_atomically
+from fedit.report import format as formats
+from fedit.report import plots
+from fedit.report.finding import state_finding
+from fedit.report.folder import RunFolder
+from fedit.report.samples import choose_samples
+
+MAX_LISTED = 20
+"""Clients and failures listed in full; of more, the page gives the number and the first ones."""
+
+
+def write_report(folder: Path) -> Path:
+    """Write ``report.html`` into a run folder, which may be unfinished, and return its path.
+
+    The page is a function of the folder's files alone.
+
+    Raises:
+        ConfigError: `folder` is no run folder.
+        DataError: a file of it is damaged.
+    """
+    page = render(RunFolder.read(folder))
+    path = folder / "report.html"
+    write_atomically(path, page.encode())
+    return path
+
+
+def render(run: RunFolder) -> str:
+    """Return the page."""
+    environment = Environment(
+        loader=PackageLoader("fedit", "report"),
+        autoescape=True,
+        undefined=StrictUndefined,
+        trim_blocks=True,
+        lstrip_blocks=True,
+    )
+    environment.globals["formats"] = formats
+    return environment.get_template("report.html.j2").render(_sections(run))
+
+
+def _sections(run: RunFolder) -> dict[str, Any]:
+    planned = run.run.get("rounds", 0)
+    return {
+        "title": f"Federated instruction tuning of {_model_name(run)} on {_data_name(run)}",
+        "recipe": run.config.get("recipe"),
+        "finding": state_finding(run.evaluation, len(run.rounds), planned),
+        "rounds_done": len(run.rounds),
+        "rounds_planned": planned,
+        "config": run.config,
+        "evaluation": run.evaluation,
+        "models": _models(run.evaluation),
+        "metrics": _metrics(run.evaluation),
+        "differences": _differences(run.evaluation),
+        "categories": [name for name in run.evaluation.get("num_test_rows", {}) if name != "all"],
+        "clients": _clients(run),
+        "samples": choose_samples(run),
+        "partition": run.partition,
+        "participation": _participation(run),
+        "communication": _communication(run),
+        "time": _time(run),
+        "peak_memory": max((timing.get("peak_memory_bytes") or 0 for timing in run.timings), default=0),
+        "round_rows": _round_rows(run),
+        "settings": list(_flatten(run.run)),
+        "plots": _plots(run),
+        "max_listed": MAX_LISTED,
+    }
+
+
+def _plots(run: RunFolder) -> dict[str, Any]:
+    return {
+        "exact_match": plots.categories_figure(run.evaluation, "exact_match"),
+        "response_loss": plots.categories_figure(run.evaluation, "response_loss"),
+        "loss": plots.loss_figure(run.rounds, run.evaluation),
+        "clients": plots.clients_figure(run.evaluation),
+        "partition": plots.partition_figure(run.partition),
+        "aggregation": plots.aggregation_figure(run.rounds),
+    }
+
+
+def _model_name(run: RunFolder) -> str:
+    return _last_part(run.run.get("model", {}).get("path", "a model"))
+
+
+def _data_name(run: RunFolder) -> str:
+    return _last_part(run.run.get("data", {}).get("path", "data"))
+
+
+def _last_part(path: str) -> str:
+    """Return what a person calls a model or data set: ``builtin:cria`` -> cria, ``some/folder/rows.jsonl`` -> rows."""
+    name = Path(path.removeprefix("builtin:"))
+    return name.stem if name.suffix in {".json", ".jsonl", ".csv", ".parquet"} else name.name or path
+
+
+def _models(evaluation: Mapping[str, Any]) -> list[dict[str, Any]]:
+    models = evaluation.get("models", {})
+    names = [name for name in formats.MODEL_LABELS if name in models] + [
+        name for name in models if name not in formats.MODEL_LABELS
+    ]
+    return [{"name": name, "label": formats.MODEL_LABELS.get(name, name), **models[name]} for name in names]
+
+
+def _metrics(evaluation: Mapping[str, Any]) -> list[str]:
+    """Return the metrics that any model has."""
+    models = evaluation.get("models", {}).values()
+    return [metric for metric in formats.METRIC_LABELS if any(metric in model for model in models)]
+
+
+def _differences(evaluation: Mapping[str, Any]) -> list[dict[str, Any]]:
+    labels = {
+        "federated_minus_local": "Federated − local-only",
+        "federated_minus_central": "Federated − centralised",
+    }
+    found = evaluation.get("differences", {})
+    return [{"label": label, **found[name]} for name, label in labels.items() if name in found]
+
+
+def _clients(run: RunFolder) -> dict[str, Any]:
+    """Return the rows of the per-client table, worst first, and how many there are in all."""
+    per_client = run.evaluation.get("models", {}).get("local", {}).get("per_client", {})
+    holdings = run.partition.get("clients", {})
+
+    def loss(client: str) -> float:
+        value = per_client[client]["response_loss"]["all"]
+        return float("inf") if value is None else value
+
+    worst_first = sorted(per_client, key=loss, reverse=True)
+    rows = [{"client": client, "holding": holdings.get(client), **per_client[client]} for client in worst_first]
+    return {"rows": rows if len(rows) <= MAX_LISTED else rows[: MAX_LISTED // 2], "num_all": len(rows)}
+
+
+def _participation(run: RunFolder) -> dict[str, Any]:
+    failures = [
+        {"round": entry["round"], "client": client, "reason": reason}
+        for entry in run.rounds
+        for client, reason in entry.get("failures", {}).items()
+    ]
+    sampled = {client for entry in run.rounds for client in entry["cohort"]}
+    return {
+        "num_clients": len(run.partition.get("clients", {})),
+        "num_sampled": len(sampled),
+        "num_tasks": sum(len(entry["cohort"]) for entry in run.rounds),
+        "failures": failures,
+        "never_sampled": [client for client in run.partition.get("clients", {}) if client not in sampled],
+    }
+
+
+def _communication(run: RunFolder) -> dict[str, Any]:
+    up = sum(entry["bytes_up"] for entry in run.rounds)
+    down = sum(entry["bytes_down"] for entry in run.rounds)
+    num_tasks = sum(len(entry["cohort"]) for entry in run.rounds) or 1
+    num_rounds = len(run.rounds) or 1
+    return {
+        direction: {"total": total, "per_round": total / num_rounds, "per_client": total / num_tasks}
+        for direction, total in (("up", up), ("down", down))
+    }
+
+
+def _time(run: RunFolder) -> list[dict[str, Any]]:
+    """Return one line for the federated rounds and one for each phase that was timed."""
+    labels = {"local": "Local-only baselines", "central": "Centralised baseline", "evaluation": "Evaluation"}
+    by_round = list(_timing_by_round(run).values())
+    lines = []
+    if by_round:
+        tokens = sum(entry["tokens"] for entry in run.rounds)
+        lines.append(_time_line(f"Federated rounds ({len(run.rounds):,})", by_round, tokens))
+    for phase, label in labels.items():
+        timings = [timing for timing in run.timings if timing.get("phase") == phase]
+        if timings:
+            lines.append(_time_line(label, timings, sum(timing.get("tokens") or 0 for timing in timings)))
+    return lines
+
+
+def _time_line(label: str, timings: list[Mapping[str, Any]], tokens: int) -> dict[str, Any]:
+    seconds = sum(timing["seconds"] for timing in timings)
+    return {
+        "label": label,
+        "seconds": seconds,
+        "cpu_seconds": sum(timing.get("cpu_seconds") or 0 for timing in timings),
+        "tokens": tokens or None,
+        "tokens_per_second": tokens / seconds if seconds and tokens else None,
+    }
+
+
+def _timing_by_round(run: RunFolder) -> dict[int, Mapping[str, Any]]:
+    """Return the last timing of each round: a resumed run may have done one twice."""
+    return {timing["round"]: timing for timing in run.timings if "round" in timing}
+
+
+def _round_rows(run: RunFolder) -> list[dict[str, Any]]:
+    timings = _timing_by_round(run)
+    return [{**entry, "timing": timings.get(entry["round"], {})} for entry in run.rounds]
+
+
+def _flatten(table: Mapping[str, Any], prefix: str = "") -> list[tuple[str, Any]]:
+    """Return the configuration as the keys and values of ``-o key.sub=value``."""
+    pairs: list[tuple[str, Any]] = []
+    for key, value in table.items():
+        if isinstance(value, Mapping) and value:
+            pairs.extend(_flatten(value, f"{prefix}{key}."))
+        else:
+            pairs.append((f"{prefix}{key}", value))
+    return pairs

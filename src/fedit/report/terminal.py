@@ -1,0 +1,91 @@
+"""The same numbers for the terminal: functions that return rich renderables and print nothing."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from statistics import median
+from typing import Any
+
+from rich.console import Group, RenderableType
+from rich.table import Table
+from rich.text import Text
+
+from fedit.report.format import METRIC_LABELS, MODEL_LABELS, count, interval, metric, percent
+
+MAX_CLIENTS = 20
+
+
+def final_table(evaluation: Mapping[str, Any]) -> RenderableType:
+    """Return the models of ``evaluation.json`` with their metrics, 95% intervals and training tokens."""
+    models = evaluation.get("models", {})
+    metrics = [name for name in METRIC_LABELS if any(name in model for model in models.values())]
+    table = Table(title="Held-out rows, 95% bootstrap intervals", title_justify="left")
+    table.add_column("Model", no_wrap=True)
+    for name in metrics:
+        table.add_column(METRIC_LABELS[name], justify="right")
+    table.add_column("Training tokens", justify="right")
+    for name, model in models.items():
+        cells = []
+        for each in metrics:
+            bounds = interval(each, model["confidence"].get(each, {}).get("all"))
+            value = metric(each, model[each]["all"]) if each in model else metric(each, None)
+            cells.append(f"{value}\n{bounds}" if bounds else value)
+        table.add_row(
+            Text(str(MODEL_LABELS.get(name, name))),
+            *cells,
+            count(model["tokens"]),
+            style="bold" if name == "federated" else "",
+        )
+    closed = evaluation.get("gap_closed")
+    if closed is not None:
+        bounds = interval("exact_match", evaluation.get("gap_closed_confidence"))
+        table.caption = f"Loss gap closed: {percent(closed)}{f' ({bounds})' if bounds else ''}"
+        table.caption_justify = "left"
+    return table
+
+
+def preflight_table(partition: Mapping[str, Any]) -> RenderableType:
+    """Return who holds what (of many clients a summary) and what encoding did to the rows."""
+    clients = partition["clients"]
+    table = _client_table(clients) if len(clients) <= MAX_CLIENTS else _summary_table(clients)
+    lines = [_encoding_line(name, counts) for name, counts in partition.get("encoding", {}).items()]
+    if never := partition.get("never_sampled"):
+        lines.append(Text(f"Never sampled with this seed: {len(never):,} of {len(clients):,} clients", style="yellow"))
+    return Group(table, *lines)
+
+
+def _client_table(clients: Mapping[str, Mapping[str, Any]]) -> Table:
+    table = Table(title=f"{len(clients)} clients", title_justify="left")
+    for header in ("Client", "Rows", "Tokens", "Categories"):
+        table.add_column(header, justify="right" if header in {"Rows", "Tokens"} else "left")
+    for client, holding in clients.items():
+        largest_first = sorted(holding["categories"].items(), key=lambda item: -item[1])
+        shown = ", ".join(f"{name} {rows:,}" for name, rows in largest_first[:4])
+        more = f", {len(largest_first) - 4} more" if len(largest_first) > 4 else ""
+        table.add_row(Text(client), count(holding["rows"]), count(holding["tokens"]), Text(shown + more))
+    return table
+
+
+def _summary_table(clients: Mapping[str, Mapping[str, Any]]) -> Table:
+    table = Table(title=f"{len(clients):,} clients", title_justify="left")
+    table.add_column("Per client")
+    for header in ("Smallest", "Median", "Largest", "In all"):
+        table.add_column(header, justify="right")
+    for label, key in (("Rows", "rows"), ("Tokens", "tokens")):
+        values = [holding[key] for holding in clients.values()]
+        table.add_row(label, *(count(value) for value in (min(values), median(values), max(values), sum(values))))
+    kinds = [sum(1 for rows in holding["categories"].values() if rows) for holding in clients.values()]
+    distinct = {name for holding in clients.values() for name in holding["categories"]}
+    table.add_row("Categories", *(count(value) for value in (min(kinds), median(kinds), max(kinds), len(distinct))))
+    return table
+
+
+def _encoding_line(name: str, counts: Mapping[str, Any]) -> Text:
+    text = Text(f"{name}: {counts['rows']:,} rows, {count(counts['tokens'])} tokens")
+    text.append(f" ({count(counts['supervised_tokens'])} in responses)")
+    for key, words in (("truncated", "cut"), ("dropped", "left out")):
+        if counts.get(key):
+            text.append(f", {counts[key]:,} {words}", style="yellow")
+    if sources := counts.get("dropped_sources"):
+        text.append(f" (first: {sources[0]})", style="yellow")
+    return text

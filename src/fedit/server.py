@@ -1,0 +1,231 @@
+"""The server: federated averaging of client updates, round by round (Algorithm 1 of 2305.05644).
+
+It sees adapters, never data: this module can import nothing that reads rows or runs the model.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+
+import torch
+from safetensors import safe_open
+from safetensors.torch import save
+from torch import Tensor
+
+from fedit.config import RunConfig
+from fedit.files import write_atomically
+from fedit.interfaces import Adapter, ClientFailure, ClientTask, ClientUpdate, Engine, FeditError, RoundError, derive_rng
+
+
+@dataclass(frozen=True, eq=False)
+class ServerState:
+    """Everything that a resumed run needs."""
+
+    round_index: int
+    """Completed rounds."""
+    adapter: Adapter
+    optimizer_state: Mapping[str, Tensor] = field(default_factory=dict)
+
+
+@dataclass(frozen=True)
+class RoundRecord:
+    """One line of rounds.jsonl: what happened in a round. Deterministic: times are kept elsewhere."""
+
+    round: int
+    """Counted from 1."""
+    cohort: list[str]
+    failures: dict[str, str]
+    train_loss: float
+    """Mean over the clients' local training losses, weighted by their tokens, nats."""
+    update_norm: float
+    """L2 norm of the step of the global adapter."""
+    aggregation_loss: float | None
+    bytes_up: int
+    bytes_down: int
+    """Sum over the cohort of the adapter files (safetensors, header included)."""
+    tokens: int
+    """Trained on by all clients in this round, without padding."""
+    test_loss: float | None = None
+    """Of the new global adapter on the held-out rows, in the rounds that evaluate."""
+
+
+def train(
+    config: RunConfig,
+    engine: Engine,
+    state: ServerState,
+    finish_round: Callable[[ServerState, RoundRecord], None],
+) -> ServerState:
+    """Run the rounds that `state` still lacks; `finish_round` evaluates and saves after each of them.
+
+    Raises:
+        RoundError: a round got fewer than ``min_updates`` usable updates.
+    """
+    while state.round_index < config.rounds:
+        state, record = run_round(config, engine, state)
+        finish_round(state, record)
+    return state
+
+
+def run_round(config: RunConfig, engine: Engine, state: ServerState) -> tuple[ServerState, RoundRecord]:
+    """Sample a cohort, let it tune, aggregate, move the global adapter."""
+    cohort = sample_cohort(config, engine.client_ids(), state.round_index)
+    tasks = [
+        ClientTask(client, state.round_index, state.adapter.cut(client_rank(config, engine.client_ids(), client)))
+        for client in cohort
+    ]
+    answers = _Answers(tasks)
+    result = config.aggregation.aggregate(state.adapter, answers.updates(engine.run(tasks), config.cohort.min_updates))
+    adapter, optimizer_state = config.server_optimizer.apply(state.adapter, result.delta, state.optimizer_state)
+    record = RoundRecord(
+        round=state.round_index + 1,
+        cohort=list(cohort),
+        failures=answers.failures,
+        train_loss=answers.loss_sum / max(1, answers.num_tokens),
+        update_norm=distance(adapter, state.adapter),
+        aggregation_loss=result.metrics.get("aggregation_loss"),
+        bytes_up=answers.bytes_up,
+        bytes_down=sum(wire_size(task.adapter) for task in tasks),
+        tokens=answers.num_tokens,
+    )
+    return ServerState(state.round_index + 1, adapter, optimizer_state), record
+
+
+def sample_cohort(config: RunConfig, client_ids: Sequence[str], round_index: int) -> list[str]:
+    """Return the round's clients, drawn uniformly without replacement, in client order."""
+    rng = derive_rng(config.seed, "cohort", round_index)
+    chosen = rng.choice(len(client_ids), config.cohort.num_sampled(len(client_ids)), replace=False)
+    return [client_ids[index] for index in sorted(chosen)]
+
+
+def never_sampled(config: RunConfig, client_ids: Sequence[str]) -> list[str]:
+    """Return the clients that no round of this run will draw."""
+    drawn = {client for index in range(config.rounds) for client in sample_cohort(config, client_ids, index)}
+    return [client for client in client_ids if client not in drawn]
+
+
+def client_rank(config: RunConfig, client_ids: Sequence[str], client: str) -> int:
+    """Return the rank of a client's adapter: the clients take the configured ranks in turn."""
+    rank = config.adapter.rank
+    return rank if isinstance(rank, int) else rank[list(client_ids).index(client) % len(rank)]
+
+
+@dataclass(eq=False)
+class _Answers:
+    """Lets the usable updates of a round through in client order and counts everything."""
+
+    tasks: Sequence[ClientTask]
+    failures: dict[str, str] = field(default_factory=dict)
+    loss_sum: float = 0.0
+    num_tokens: int = 0
+    bytes_up: int = 0
+
+    def updates(self, results: Iterator[ClientUpdate | ClientFailure], min_updates: int) -> Iterator[ClientUpdate]:
+        """Yield the usable updates; hold back only those that came before their turn.
+
+        Raises:
+            RoundError: fewer than `min_updates` were usable.
+        """
+        waiting: dict[str, ClientUpdate | ClientFailure] = {}
+        num_usable = 0
+        for task in self.tasks:
+            while task.client not in waiting and (result := next(results, None)) is not None:
+                waiting[result.client] = result
+            result = waiting.pop(task.client, ClientFailure(task.client, "no answer"))
+            failure = result.reason if isinstance(result, ClientFailure) else unusable(task, result)
+            if failure is not None:
+                self.failures[task.client] = failure
+                continue
+            assert isinstance(result, ClientUpdate)
+            num_usable += 1
+            self.loss_sum += result.loss * result.num_tokens
+            self.num_tokens += result.num_tokens
+            self.bytes_up += wire_size(result.update)
+            yield result
+        if num_usable < min_updates:
+            reasons = "; ".join(f"{client}: {reason}" for client, reason in self.failures.items())
+            raise RoundError(
+                f"Round {self.tasks[0].round_index + 1} got {num_usable} usable updates of {len(self.tasks)}, needs "
+                f"[cohort] min_updates = {min_updates}. {reasons}. The checkpoint of the round before is intact."
+            )
+
+
+def unusable(task: ClientTask, result: ClientUpdate) -> str | None:
+    """Return why an update cannot be aggregated (names, shapes, values, counts), or None."""
+    expected = {name: tensor.shape for name, tensor in task.adapter.tensors.items()}
+    got = {name: tensor.shape for name, tensor in result.update.tensors.items()}
+    if got != expected or (result.update.rank, result.update.lora_alpha) != (task.adapter.rank, task.adapter.lora_alpha):
+        wrong = sorted(name for name in got.keys() | expected.keys() if got.get(name) != expected.get(name))
+        return f"the update is not shaped like the adapter that was sent ({len(wrong)} tensors, first {wrong[:2]})"
+    broken = [name for name, tensor in result.update.tensors.items() if not bool(torch.isfinite(tensor).all())]
+    if broken:
+        return f"the update is not finite ({len(broken)} tensors, first {broken[0]})"
+    if result.num_examples < 0 or result.num_tokens < 0:
+        return f"negative counts: num_examples {result.num_examples}, num_tokens {result.num_tokens}"
+    return None
+
+
+def distance(left: Adapter, right: Adapter) -> float:
+    """Return the L2 distance of two adapters' tensors."""
+    squares = [(left.tensors[n].double() - right.tensors[n].double()).square().sum() for n in left.tensors]
+    return float(torch.stack(squares).sum().sqrt())
+
+
+def wire_size(adapter: Adapter) -> int:
+    """Return the bytes of `adapter` as a safetensors file, header included."""
+    header, offset = {}, 0
+    for name in sorted(adapter.tensors):
+        tensor = adapter.tensors[name]
+        end = offset + tensor.nbytes
+        header[name] = {"dtype": "F32", "shape": list(tensor.shape), "data_offsets": [offset, end]}
+        offset = end
+    header_bytes = len(json.dumps(header, separators=(",", ":")))
+    return 8 + -(-header_bytes // 8) * 8 + offset
+
+
+# ------------------------------------------------------------------------------------------------------ checkpoints
+
+
+def save_state(state: ServerState, folder: Path, keep: int = 2) -> None:
+    """Write a checkpoint by rename, so that it is whole or not there, and drop all but the last `keep`.
+
+    Raises:
+        FeditError: it cannot be written (disk full, ...); the earlier checkpoints are intact.
+    """
+    tensors = {f"adapter/{name}": tensor for name, tensor in state.adapter.tensors.items()}
+    tensors |= {f"optimizer/{name}": tensor for name, tensor in state.optimizer_state.items()}
+    about = {"round_index": state.round_index, "rank": state.adapter.rank, "lora_alpha": state.adapter.lora_alpha}
+    content = save({name: tensor.contiguous() for name, tensor in tensors.items()}, {"fedit": json.dumps(about)})
+    target = folder / f"round-{state.round_index:05d}.safetensors"
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        write_atomically(target, content)
+    except OSError as error:
+        saved = [path.name for path in _checkpoints(folder)]
+        raise FeditError(
+            f"The checkpoint {target} could not be written: {error.strerror}. Earlier checkpoints are intact "
+            f"({', '.join(saved) or 'none yet'}); make room and resume."
+        ) from error
+    for old in _checkpoints(folder)[:-keep]:
+        old.unlink()
+
+
+def load_state(folder: Path) -> ServerState | None:
+    """Return the last checkpoint of a folder, or None where there is none."""
+    saved = _checkpoints(folder)
+    if not saved:
+        return None
+    with safe_open(saved[-1], "pt") as file:
+        about = json.loads((file.metadata() or {})["fedit"])
+        tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118 (not a dict)
+    adapter, optimizer = (
+        {name.removeprefix(prefix): tensor for name, tensor in tensors.items() if name.startswith(prefix)}
+        for prefix in ("adapter/", "optimizer/")
+    )
+    return ServerState(about["round_index"], Adapter(adapter, about["rank"], about["lora_alpha"]), optimizer)
+
+
+def _checkpoints(folder: Path) -> list[Path]:
+    return sorted(folder.glob("round-*.safetensors"))
