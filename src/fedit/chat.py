@@ -22,9 +22,7 @@ class Conversation:
         self._template = config.data.template
         self._max_new_tokens = max_new_tokens
         self._turns: list[Turn] = []
-        self._model = StackedModel(
-            load_base(config.model, device), load_tokenizer(config.model.path), config.adapter
-        )
+        self._model = StackedModel(load_base(config.model, device), load_tokenizer(config.model.path), config.adapter)
         if adapter_folder is not None:
             self._model.write(0, load_adapter(adapter_folder, config))
 

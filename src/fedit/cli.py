@@ -13,11 +13,11 @@ from cyclopts import App, Parameter
 from rich.console import Console
 from rich.table import Table
 
-from fedit.config import RunConfig, apply_overrides, load_config, load_plugins, parse_config
+from fedit.config import RunConfig, load_config, load_plugins, parse_config
 from fedit.interfaces import ConfigError, FeditError, plugin_kinds, plugins
 
 if TYPE_CHECKING:
-    from fedit.experiment import FederatedData
+    from fedit.prepare import FederatedData
 
 app = App(name="fedit", help="Federated instruction tuning: tune one LLM on everybody's instructions.")
 console = Console(stderr=True)
@@ -67,7 +67,9 @@ def run(
         with LiveView(console) as view:
             result = run_experiment(config, folder, data, view, recipe=recipe, plugin_files=plugin or ())
     except KeyboardInterrupt:
-        console.print(f"\nInterrupted. What was finished is saved; go on with:\n  fedit run --resume {folder}", highlight=False)
+        console.print(
+            f"\nInterrupted. What was finished is saved; go on with:\n  fedit run --resume {folder}", highlight=False
+        )
         sys.exit(130)
     except FeditError:
         console.print(f"The run stopped; go on with:  fedit run --resume {folder}", highlight=False)
@@ -118,9 +120,9 @@ def partition(
     _quiet()
     data = _prepare(config)
     if out is not None:
-        from fedit.report.plots import partition_picture
+        from fedit.report.plots import partition_figure
 
-        out.write_text(partition_picture(data.summary), encoding="utf-8")
+        out.write_text(str(partition_figure(data.summary)), encoding="utf-8")
         console.print(f"Picture: {out}", highlight=False)
     if as_json:
         _print_json(data.summary)
@@ -182,7 +184,8 @@ def list_plugins(*, plugin: PluginFiles = None, as_json: AsJson = False) -> None
     for kind in plugin_kinds():
         for name, member in sorted(plugins(kind).items()):
             fields = {
-                key: "required" if field.is_required() else field.get_default() for key, field in member.model_fields.items()
+                key: "required" if field.is_required() else field.get_default()
+                for key, field in member.model_fields.items()
             }
             what = (member.__doc__ or "").strip().partition("\n")[0]
             listed.append({"kind": kind, "name": name, "parameters": fields, "description": what})
@@ -242,7 +245,7 @@ def _described(folder: Path) -> dict[str, Any]:
 
 
 def _prepare(config: RunConfig) -> FederatedData:
-    from fedit.experiment import prepare_data
+    from fedit.prepare import prepare_data
     from fedit.report.terminal import preflight_table
 
     with console.status("Reading and encoding the rows"):

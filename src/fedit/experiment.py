@@ -6,37 +6,33 @@ the configuration and the phases before. So a run that was killed is resumed by 
 
 from __future__ import annotations
 
-import hashlib
 import importlib.metadata
 import json
+import math
 import os
 import platform
 import resource
 import time
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import torch
-from safetensors import safe_open
-from safetensors.torch import save
 
+from fedit.baselines import Trained, central_task, local_tasks, train_baseline
 from fedit.config import RunConfig
-from fedit.data import EncodingReport, encode_all, load_examples
-from fedit.engines.simulation import Simulation, resolve_slots
+from fedit.engines.simulation import Simulation
 from fedit.evaluation.heldout import mean_loss, predict
-from fedit.evaluation.metrics import LOCAL_PREFIX, Prediction, summarise
+from fedit.evaluation.metrics import Prediction, summarise
 from fedit.export import save_adapter
 from fedit.files import append_line, write_atomically, write_json
-from fedit.interfaces import Adapter, ConfigError, DataError, EncodedExample, derive_rng, derive_seed
+from fedit.interfaces import Adapter, ConfigError, DataError, EncodedExample, derive_rng
 from fedit.model import StackedModel, load_base, load_tokenizer, resolve_device
-from fedit.partition import partition_statistics
+from fedit.prepare import FederatedData
 from fedit.report import RunFolder, write_report
-from fedit.server import RoundRecord, ServerState, client_rank, load_state, never_sampled, save_state, train
-from fedit.tuning import TuningTask, tune
+from fedit.server import RoundRecord, ServerState, load_state, save_state, train
+from fedit.tuning import TuningTask
 
 # ---------------------------------------------------------------------------------------------------------- events
 
@@ -70,66 +66,26 @@ Event = PhaseStarted | Progressed | RoundFinished
 Notify = Callable[[Event], None]
 
 
-# ------------------------------------------------------------------------------------------------------------ data
+# -------------------------------------------------------------------------------------------------------- the phases
 
 
 @dataclass(frozen=True, eq=False)
-class FederatedData:
-    """The rows of every client and the held-out rows, encoded; `summary` is the content of partition.json."""
+class _Run:
+    """What every phase needs."""
 
-    clients: Mapping[str, Sequence[EncodedExample]]
-    test: Sequence[EncodedExample]
-    summary: Mapping[str, Any]
+    config: RunConfig
+    folder: Path
+    data: FederatedData
+    model: StackedModel
+    initial: Adapter
+    """The untrained adapter that every model starts from."""
+    notify: Notify
 
-    @property
-    def pooled(self) -> list[EncodedExample]:
-        """All clients' rows, in client order: what centralised tuning sees."""
-        return [example for examples in self.clients.values() for example in examples]
+    def step_done(self, num_tokens: int) -> None:
+        self.notify(Progressed(num_tokens))
 
-
-def prepare_data(config: RunConfig) -> FederatedData:
-    """Load, encode and partition the rows.
-
-    Raises:
-        DataError, EngineError: the data or the tokenizer cannot be used.
-    """
-    tokenizer = load_tokenizer(config.model.path)
-    train_examples, test_examples = load_examples(config.data, config.seed)
-    rows, train_report = encode_all(train_examples, config.data, tokenizer)
-    test, test_report = encode_all(test_examples, config.data, tokenizer)
-    owners = config.partition.split([row.example for row in rows], derive_rng(config.seed, "partition"))
-    clients = {client: [rows[index] for index in indices] for client, indices in owners.items()}
-    if config.cohort.min_updates > config.cohort.num_sampled(len(clients)):
-        raise ConfigError(
-            f"[cohort] min_updates = {config.cohort.min_updates} can never be reached: the partition has {len(clients)} "
-            f"clients, a cohort {config.cohort.num_sampled(len(clients))}."
-        )
-    summary = partition_statistics([row.example for row in rows], owners)
-    for client, examples in clients.items():
-        summary["clients"][client]["tokens"] = sum(len(example) for example in examples)
-    categories = [example.example.category for example in test]
-    summary["test"] = {category: categories.count(category) for category in dict.fromkeys(categories)}
-    summary["encoding"] = {"train": _counts(train_report), "test": _counts(test_report)}
-    summary["never_sampled"] = never_sampled(config, list(clients))
-    summary["fingerprint"] = _fingerprint([*clients.values(), test])
-    return FederatedData(clients, test, summary)
-
-
-def _counts(report: EncodingReport) -> dict[str, Any]:
-    return {**asdict(report), "dropped": report.dropped}
-
-
-def _fingerprint(parts: Sequence[Sequence[EncodedExample]]) -> str:
-    """Return a hash of all token ids and their owners: a resumed run must train on the same data."""
-    digest = hashlib.sha256()
-    for part in parts:
-        digest.update(len(part).to_bytes(8, "big"))
-        for example in part:
-            digest.update(example.input_ids.tobytes() + example.supervised.tobytes())
-    return digest.hexdigest()
-
-
-# -------------------------------------------------------------------------------------------------------- the phases
+    def append_timing(self, timing: Mapping[str, Any]) -> None:
+        append_line(self.folder / "timings.jsonl", timing)
 
 
 def run_experiment(
@@ -151,156 +107,73 @@ def run_experiment(
     device = resolve_device(config.engine.device)
     model = StackedModel(load_base(config.model, device), load_tokenizer(config.model.path), config.adapter)
     _start_folder(folder, data, describe_run(config, model, recipe, plugin_files))
-    initial = model.fresh_adapter(derive_rng(config.seed, "adapter"))
+    run = _Run(config, folder, data, model, model.fresh_adapter(derive_rng(config.seed, "adapter")), notify)
 
-    federated = _federated(config, folder, data, model, initial, notify)
+    federated = _federated(run)
     save_adapter(federated, config, model, folder / "adapter")
-    models: dict[str, Adapter | None] = {"base": None, "federated": federated}
-    tokens = {"base": 0, "federated": sum(line["tokens"] for line in RunFolder.read(folder).rounds)}
-    failures: dict[str, str] = {}
+    num_tokens = sum(line["tokens"] for line in RunFolder.read(folder).rounds)
+    trained = Trained({"federated": federated}, {"base": 0, "federated": num_tokens})
     if config.evaluation.baselines:
-        for trained in (
-            _local(config, folder, data, model, initial, notify),
-            _central(config, folder, data, model, initial, tokens["federated"], notify),
-        ):
-            models |= trained.adapters
-            tokens |= trained.tokens
-            failures |= trained.failures
+        trained |= _baseline(run, "local", local_tasks(config, data, run.initial), num_tokens)
+        trained |= _baseline(run, "central", [central_task(config, data, run.initial, num_tokens)], num_tokens)
     if not (folder / "evaluation.json").is_file():
-        _evaluate(config, folder, data, model, models, tokens, failures, notify)
+        _evaluate(run, trained)
     write_report(folder)
     return RunFolder.read(folder)
 
 
-def _federated(
-    config: RunConfig, folder: Path, data: FederatedData, model: StackedModel, initial: Adapter, notify: Notify
-) -> Adapter:
-    checkpoints, rounds = folder / "checkpoints", folder / "rounds.jsonl"
-    state = load_state(checkpoints) or ServerState(0, initial)
+def _federated(run: _Run) -> Adapter:
+    """Train the rounds that are not saved yet; return the global adapter."""
+    config, checkpoints, rounds = run.config, run.folder / "checkpoints", run.folder / "rounds.jsonl"
+    state = load_state(checkpoints) or ServerState(0, run.initial)
     _keep_rounds(rounds, state.round_index)
-    engine = Simulation(config, model, data.clients, lambda count: notify(Progressed(count)))
     watch = _Watch()
 
     def finish_round(state: ServerState, record: RoundRecord) -> None:
         every = config.evaluation.every
         if state.round_index == config.rounds or (every and state.round_index % every == 0):
-            record = replace(record, test_loss=_finite(mean_loss(model, state.adapter, data.test)))
+            loss = mean_loss(run.model, state.adapter, run.data.test)
+            record = replace(record, test_loss=loss if math.isfinite(loss) else None)
         # The line comes first: a line without its checkpoint is dropped on resume, the reverse could not be mended.
         append_line(rounds, asdict(record))
         save_state(state, checkpoints)
         timing = watch.lap(record.tokens)
-        append_line(folder / "timings.jsonl", {"round": record.round, **timing})
-        notify(RoundFinished(record, timing["seconds"], config.rounds))
+        run.append_timing({"round": record.round, **timing})
+        run.notify(RoundFinished(record, timing["seconds"], config.rounds))
 
-    per_round = sum(_round_tokens(config, examples) for examples in data.clients.values())
-    share = config.cohort.num_sampled(len(data.clients)) / len(data.clients)
-    notify(PhaseStarted("federated", round((config.rounds - state.round_index) * per_round * share)))
+    share = config.cohort.num_sampled(len(run.data.clients)) / len(run.data.clients)
+    per_round = share * sum(_round_tokens(config, examples) for examples in run.data.clients.values())
+    run.notify(PhaseStarted("federated", round((config.rounds - state.round_index) * per_round)))
+    engine = Simulation(config, run.model, run.data.clients, run.step_done)
     return train(config, engine, state, finish_round).adapter
 
 
-@dataclass(frozen=True, eq=False)
-class _Trained:
-    """Adapters of a baseline by model name, the tokens each was trained on, and the models that failed."""
+def _baseline(run: _Run, phase: str, tasks: Sequence[TuningTask], num_tokens: int) -> Trained:
+    run.notify(PhaseStarted(phase, num_tokens))
+    watch = _Watch()
 
-    adapters: Mapping[str, Adapter]
-    tokens: Mapping[str, int]
-    failures: Mapping[str, str]
+    def saved(tokens: int) -> None:
+        run.append_timing({"phase": phase, **watch.lap(tokens), "tokens": tokens})
 
-
-def _local(
-    config: RunConfig, folder: Path, data: FederatedData, model: StackedModel, initial: Adapter, notify: Notify
-) -> _Trained:
-    """Train every client alone, for the steps that it is expected to train in the federation."""
-    clients = list(data.clients)
-    share = config.cohort.num_sampled(len(clients)) / len(clients)
-    tasks = []
-    for client in clients:
-        examples = data.clients[client]
-        num_steps = max(1, round(config.rounds * share * config.client.num_steps(len(examples))))
-        adapter = initial.cut(client_rank(config, clients, client))
-        seed = derive_seed(config.seed, "client", client)
-        tasks.append(TuningTask(LOCAL_PREFIX + client, examples, adapter, 0, num_steps, num_steps, seed))
-    total = sum(_round_tokens(config, examples) for examples in data.clients.values()) * config.rounds * share
-    return _baseline(config, folder, "local", model, tasks, round(total), notify)
+    return train_baseline(run.config, run.model, tasks, run.folder / "baselines" / phase, run.step_done, saved)
 
 
-def _central(
-    config: RunConfig,
-    folder: Path,
-    data: FederatedData,
-    model: StackedModel,
-    initial: Adapter,
-    num_tokens: int,
-    notify: Notify,
-) -> _Trained:
-    """Train one model on all rows, with the clients' own settings, for as many tokens as the federation trained on."""
-    pooled = data.pooled
-    steps_per_pass = -(-len(pooled) // config.client.batch_size)
-    num_steps = max(1, round(num_tokens / sum(len(example) for example in pooled) * steps_per_pass))
-    task = TuningTask("central", pooled, initial, 0, num_steps, num_steps, derive_seed(config.seed, "central"))
-    return _baseline(config, folder, "central", model, [task], num_tokens, notify)
-
-
-def _baseline(
-    config: RunConfig,
-    folder: Path,
-    phase: str,
-    model: StackedModel,
-    tasks: Sequence[TuningTask],
-    num_tokens: int,
-    notify: Notify,
-) -> _Trained:
-    """Train `tasks` in groups that fill the slots; each group is saved when it is done, so that resuming is exact."""
-    notify(PhaseStarted(phase, num_tokens))
-    num_slots = resolve_slots(config.engine.slots, len(tasks))
-    adapters: dict[str, Adapter] = {}
-    tokens: dict[str, int] = {}
-    failures: dict[str, str] = {}
-    for start in range(0, len(tasks), num_slots):
-        group = tasks[start : start + num_slots]
-        path = folder / "baselines" / f"{phase}-{start:05d}.safetensors"
-        if not path.is_file():
-            watch = _Watch()
-            results = list(tune(model, group, config.client, num_slots, lambda count: notify(Progressed(count))))
-            trained = _Trained(
-                {result.task.name: result.adapter for result in results if result.failure is None},
-                {result.task.name: result.num_tokens for result in results},
-                {result.task.name: result.failure for result in results if result.failure is not None},
-            )
-            path.parent.mkdir(exist_ok=True)
-            _save_trained(path, trained)
-            timing = watch.lap(sum(trained.tokens.values()))
-            append_line(folder / "timings.jsonl", {"phase": phase, **timing, "tokens": sum(trained.tokens.values())})
-        saved = _load_trained(path)
-        adapters |= saved.adapters
-        tokens |= saved.tokens
-        failures |= saved.failures
-    return _Trained(adapters, tokens, failures)
-
-
-def _evaluate(
-    config: RunConfig,
-    folder: Path,
-    data: FederatedData,
-    model: StackedModel,
-    models: Mapping[str, Adapter | None],
-    tokens: Mapping[str, int],
-    failures: Mapping[str, str],
-    notify: Notify,
-) -> None:
-    notify(PhaseStarted("evaluation", len(models)))
+def _evaluate(run: _Run, trained: Trained) -> None:
+    """Run the base and every trained model on the held-out rows; write answers.jsonl, then evaluation.json."""
+    models: dict[str, Adapter | None] = {"base": None, **trained.adapters}
+    run.notify(PhaseStarted("evaluation", len(models)))
     watch = _Watch()
     predictions: dict[str, list[Prediction]] = {name: [] for name in models}
-    max_new_tokens = config.evaluation.max_new_tokens
-    for prediction in predict(model, models, data.test, max_new_tokens, lambda count: notify(Progressed(count))):
+    max_new_tokens = run.config.evaluation.max_new_tokens
+    for prediction in predict(run.model, models, run.data.test, max_new_tokens, run.step_done):
         predictions[prediction.model].append(prediction)
     lines = [json.dumps(asdict(row), ensure_ascii=False) for rows in predictions.values() for row in rows]
-    write_atomically(folder / "answers.jsonl", ("\n".join(lines) + "\n").encode())
-    evaluation = summarise(predictions, tokens, config.seed)
-    if failures:
-        evaluation["failures"] = dict(failures)
-    write_json(folder / "evaluation.json", evaluation)
-    append_line(folder / "timings.jsonl", {"phase": "evaluation", **watch.lap(0)})
+    write_atomically(run.folder / "answers.jsonl", ("\n".join(lines) + "\n").encode())
+    evaluation = summarise(predictions, trained.tokens, run.config.seed)
+    if trained.failures:
+        evaluation["failures"] = dict(trained.failures)
+    write_json(run.folder / "evaluation.json", evaluation)
+    run.append_timing({"phase": "evaluation", **watch.lap(0)})
 
 
 # ------------------------------------------------------------------------------------------------------- run folder
@@ -316,7 +189,8 @@ def check_folder(folder: Path, config: RunConfig, *, resume: bool) -> None:
     if not resume and folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
         what = "a run" if described.is_file() else "files"
         raise ConfigError(
-            f"--out {folder} holds {what} already. Continue it with `fedit run --resume {folder}`, or choose another folder."
+            f"--out {folder} holds {what} already. Continue a run with `fedit run --resume {folder}`, or choose "
+            "another folder."
         )
     if resume and json.loads(described.read_text(encoding="utf-8"))["config"] != config.to_json():
         raise ConfigError(f"{folder} holds the run of another configuration. Choose another folder for this one.")
@@ -370,35 +244,10 @@ def _keep_rounds(path: Path, num_rounds: int) -> None:
         write_atomically(path, b"".join(whole[:num_rounds]))
 
 
-def _save_trained(path: Path, trained: _Trained) -> None:
-    tensors = {f"{model}\x1f{n}": t for model, adapter in trained.adapters.items() for n, t in adapter.tensors.items()}
-    about = {
-        "adapters": {name: [adapter.rank, adapter.lora_alpha] for name, adapter in trained.adapters.items()},
-        "tokens": trained.tokens,
-        "failures": trained.failures,
-    }
-    write_atomically(path, save(tensors, {"fedit": json.dumps(about)}))
-
-
-def _load_trained(path: Path) -> _Trained:
-    with safe_open(path, "pt") as file:
-        about = json.loads((file.metadata() or {})["fedit"])
-        tensors: dict[str, dict[str, torch.Tensor]] = {name: {} for name in about["adapters"]}
-        for key in file.keys():  # noqa: SIM118 (not a dict)
-            model, _, name = key.partition("\x1f")
-            tensors[model][name] = file.get_tensor(key)
-    adapters = {name: Adapter(tensors[name], *described) for name, described in about["adapters"].items()}
-    return _Trained(adapters, about["tokens"], about["failures"])
-
-
 def _round_tokens(config: RunConfig, examples: Sequence[EncodedExample]) -> float:
     """Return the tokens that a client is expected to train on in a round."""
     passes = config.client.num_steps(len(examples)) / -(-len(examples) // config.client.batch_size)
     return passes * sum(len(example) for example in examples)
-
-
-def _finite(value: float) -> float | None:
-    return value if np.isfinite(value) else None
 
 
 class _Watch:

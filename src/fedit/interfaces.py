@@ -210,7 +210,7 @@ class Aggregate:
     delta: Mapping[str, Tensor]
     """The pseudo-gradient by tensor name, float64: what the server optimizer adds to the global adapter."""
     metrics: Mapping[str, float] = field(default_factory=dict)
-    """``aggregation_loss``: ||sum_k p_k s_k B_k A_k - what was kept||_F / ||sum_k p_k s_k B_k A_k||_F, over all layers"""
+    """``aggregation_loss``: ||M - what was kept||_F / ||M||_F over all layers, with M = sum_k p_k s_k B_k A_k"""
 
 
 class Engine(Protocol):

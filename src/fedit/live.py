@@ -13,7 +13,7 @@ from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn, Ti
 from rich.table import Table
 
 from fedit.experiment import Event, PhaseStarted, Progressed, RoundFinished
-from fedit.report.format import byte_size
+from fedit.report.format import size
 
 SHOWN_ROUNDS = 8
 TITLES = {
@@ -101,8 +101,8 @@ def _round_cells(event: RoundFinished) -> list[str]:
         f"{record.train_loss:.3f}",
         "" if record.test_loss is None else f"{record.test_loss:.3f}",
         f"{record.tokens / max(1e-9, event.seconds):,.0f}",
-        byte_size(record.bytes_up),
-        byte_size(record.bytes_down),
+        size(record.bytes_up),
+        size(record.bytes_down),
     ]
 
 
@@ -110,6 +110,5 @@ def _round_line(event: RoundFinished) -> str:
     number, clients, train_loss, test_loss, rate, up, down = _round_cells(event)
     held_out = f", held-out loss {test_loss}" if test_loss else ""
     failed = "".join(f"; {client} failed: {reason}" for client, reason in event.record.failures.items())
-    return (
-        f"round {number}: {clients} clients, train loss {train_loss}{held_out}, {rate} tokens/s, up {up}, down {down}{failed}"
-    )
+    losses = f"train loss {train_loss}{held_out}"
+    return f"round {number}: {clients} clients, {losses}, {rate} tokens/s, up {up}, down {down}{failed}"

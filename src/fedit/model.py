@@ -71,7 +71,9 @@ def load_base(config: ModelConfig, device: torch.device) -> PreTrainedModel:
     except (OSError, ValueError) as error:
         raise EngineError(_not_loaded(config.path, "weights", error)) from error
     base.requires_grad_(False)
-    return base.to(device).eval()
+    base.eval()
+    base.to(device)  # pyright: ignore[reportArgumentType] (transformers' annotation hides torch's)
+    return base
 
 
 def _not_loaded(path: str, what: str, error: Exception) -> str:
@@ -101,6 +103,8 @@ class Batch:
     """bool [R, T]: the loss is taken on predicting these tokens"""
     slots: Tensor
     """int64 [R]: the adapter of each row"""
+    lengths: Sequence[int]
+    """Tokens of each row without padding"""
     dropout_seeds: Sequence[int] = ()
     """One per row, where adapter dropout applies"""
 
@@ -120,6 +124,7 @@ class Batch:
             torch.from_numpy(input_ids).to(device),
             torch.from_numpy(supervised).to(device),
             torch.as_tensor(slots, dtype=torch.int64, device=device),
+            [len(example) for example in examples],
             seeds,
         )
 
@@ -130,7 +135,7 @@ class _Routing:
 
     slots: Tensor | None = None
     scaling: Tensor | None = None
-    dropout: list[torch.Generator] | None = None
+    dropout: list[tuple[torch.Generator, int]] | None = None
     head_positions: Tensor | None = None
 
 
@@ -165,11 +170,14 @@ class StackedLora(nn.Module):
         b = (self.lora_B * routing.scaling[:, None, None]).to(x.dtype).index_select(0, routing.slots)
         return torch.baddbmm(output, torch.bmm(x, a.transpose(1, 2)), b.transpose(1, 2))
 
-    def _dropout_mask(self, x: Tensor, generators: Sequence[torch.Generator]) -> Tensor:
-        """Each row draws from its own generator, position by position, so its mask depends on no other row."""
+    def _dropout_mask(self, x: Tensor, rows: Sequence[tuple[torch.Generator, int]]) -> Tensor:
+        """Each row draws for its own tokens from its own generator: neither neighbours nor padding change its mask."""
         keep = 1.0 - self._dropout
-        rows = [torch.rand(x.shape[1:], generator=generator, device=x.device) < keep for generator in generators]
-        return torch.stack(rows).to(x.dtype) / keep
+        mask = torch.zeros_like(x)
+        for row, (generator, length) in enumerate(rows):
+            draw = torch.rand(length, x.shape[2], generator=generator, device=x.device)
+            mask[row, :length] = (draw < keep).to(x.dtype) / keep
+        return mask
 
 
 class StackedModel:
@@ -192,8 +200,9 @@ class StackedModel:
             _replace(base, name, StackedLora(name, layer, self._routing, config.dropout))
             for name, layer in find_targets(base, config.target_modules).items()
         ]
-        self._head = base.get_output_embeddings()
-        self._head.register_forward_pre_hook(self._select_supervised)
+        head = base.get_output_embeddings()
+        assert head is not None
+        head.register_forward_pre_hook(self._select_supervised)
         self.allocate(1)
 
     # -- adapters in and out
@@ -297,7 +306,7 @@ class StackedModel:
         """
         row, position = batch.supervised.nonzero(as_tuple=True)
         head_positions = row * batch.input_ids.shape[1] + position - 1
-        with self._route(batch.slots, head_positions, batch.dropout_seeds):
+        with self._route(batch.slots, head_positions, list(zip(batch.dropout_seeds, batch.lengths, strict=False))):
             logits = self.base(input_ids=batch.input_ids, use_cache=False).logits[0]
         logits = logits.to(torch.promote_types(logits.dtype, torch.float32))
         return cross_entropy(logits, batch.input_ids[row, position], reduction="none"), row
@@ -313,7 +322,7 @@ class StackedModel:
             attention_mask[row, length - len(prompt) :] = 1
         eos = self.tokenizer.eos_token_id
         with self._route(torch.as_tensor(slots, device=self.device)):
-            output = self.base.generate(
+            output = self.base.generate(  # pyright: ignore[reportCallIssue] (torch's __getattr__ hides the mixin)
                 input_ids=input_ids.to(self.device),
                 attention_mask=attention_mask.to(self.device),
                 max_new_tokens=max_new_tokens,
@@ -325,12 +334,12 @@ class StackedModel:
 
     @contextmanager
     def _route(
-        self, slots: Tensor, head_positions: Tensor | None = None, dropout_seeds: Sequence[int] = ()
+        self, slots: Tensor, head_positions: Tensor | None = None, dropout: Sequence[tuple[int, int]] = ()
     ) -> Iterator[None]:
         routing = self._routing
         routing.slots, routing.scaling, routing.head_positions = slots, self.scaling, head_positions
-        if self.dropout and len(dropout_seeds):
-            routing.dropout = [torch.Generator(self.device).manual_seed(seed) for seed in dropout_seeds]
+        if self.dropout and dropout:
+            routing.dropout = [(torch.Generator(self.device).manual_seed(seed), length) for seed, length in dropout]
         try:
             yield
         finally:
@@ -357,7 +366,9 @@ def find_targets(base: PreTrainedModel, target_modules: str | Sequence[str]) -> 
         EngineError: a target matches nothing.
     """
     head = base.get_output_embeddings()
-    linear = {name: module for name, module in base.named_modules() if _is_linear(module) and module is not head}
+    linear: dict[str, nn.Module] = {
+        name: module for name, module in base.named_modules() if _is_linear(module) and module is not head
+    }
     if isinstance(target_modules, str):
         return linear
     found: dict[str, nn.Module] = {}

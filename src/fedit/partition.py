@@ -113,7 +113,7 @@ class Natural(Partition):
 
     name: ClassVar[str] = "natural"
 
-    def split(self, examples: Sequence[Example], rng: np.random.Generator) -> dict[str, np.ndarray]:  # noqa: ARG002
+    def split(self, examples: Sequence[Example], rng: np.random.Generator) -> dict[str, np.ndarray]:
         _require_rows(examples, 1, "a client")
         owned: dict[str, list[int]] = defaultdict(list)
         for index, example in enumerate(examples):

@@ -17,7 +17,16 @@ from torch import Tensor
 
 from fedit.config import RunConfig
 from fedit.files import write_atomically
-from fedit.interfaces import Adapter, ClientFailure, ClientTask, ClientUpdate, Engine, FeditError, RoundError, derive_rng
+from fedit.interfaces import (
+    Adapter,
+    ClientFailure,
+    ClientTask,
+    ClientUpdate,
+    Engine,
+    FeditError,
+    RoundError,
+    derive_rng,
+)
 
 
 @dataclass(frozen=True, eq=False)
@@ -97,7 +106,7 @@ def sample_cohort(config: RunConfig, client_ids: Sequence[str], round_index: int
     """Return the round's clients, drawn uniformly without replacement, in client order."""
     rng = derive_rng(config.seed, "cohort", round_index)
     chosen = rng.choice(len(client_ids), config.cohort.num_sampled(len(client_ids)), replace=False)
-    return [client_ids[index] for index in sorted(chosen)]
+    return [client_ids[int(index)] for index in sorted(chosen)]
 
 
 def never_sampled(config: RunConfig, client_ids: Sequence[str]) -> list[str]:
@@ -156,7 +165,10 @@ def unusable(task: ClientTask, result: ClientUpdate) -> str | None:
     """Return why an update cannot be aggregated (names, shapes, values, counts), or None."""
     expected = {name: tensor.shape for name, tensor in task.adapter.tensors.items()}
     got = {name: tensor.shape for name, tensor in result.update.tensors.items()}
-    if got != expected or (result.update.rank, result.update.lora_alpha) != (task.adapter.rank, task.adapter.lora_alpha):
+    if got != expected or (result.update.rank, result.update.lora_alpha) != (
+        task.adapter.rank,
+        task.adapter.lora_alpha,
+    ):
         wrong = sorted(name for name in got.keys() | expected.keys() if got.get(name) != expected.get(name))
         return f"the update is not shaped like the adapter that was sent ({len(wrong)} tensors, first {wrong[:2]})"
     broken = [name for name, tensor in result.update.tensors.items() if not bool(torch.isfinite(tensor).all())]

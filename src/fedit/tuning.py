@@ -109,7 +109,9 @@ def _step(
     num_supervised = np.zeros(model.num_slots)
     for slot in live:
         step = slot.task.first_step + slot.step
-        for position, index in enumerate(batch_indices(len(slot.task.examples), config.batch_size, step, slot.task.seed)):
+        for position, index in enumerate(
+            batch_indices(len(slot.task.examples), config.batch_size, step, slot.task.seed)
+        ):
             example = slot.task.examples[index]
             rows.append(slot.index)
             examples.append(example)

@@ -17,6 +17,7 @@ from fedit.interfaces import ConfigError, DataError
 from fedit.report import RunFolder, write_report
 from fedit.report import format as formats
 from fedit.report.finding import state_finding
+from fedit.report.render import short_name
 from fedit.report.samples import choose_samples
 from fedit.report.terminal import final_table, preflight_table
 
@@ -248,6 +249,8 @@ def test_plain_colours_are_all_replaced_by_those_of_the_page(finished):
         ({"federated": 0.001}, {"federated": 3.6}, "is worse than the untuned base model", "times that of"),
         ({}, {"federated": 1.9}, "closes nothing of the loss gap", "closes all"),
         ({}, {"federated": 1.0}, "goes beyond", "closes nothing"),
+        (dict.fromkeys(SKILL, 0), {}, "No answer of any model is an exact match", "In exact match"),
+        (dict.fromkeys(SKILL, 0), {}, "reaches a response loss of", "In exact match"),
         ({}, {"central": 1.9}, "undefined (centralised training is no better", "It closes"),
     ],
 )
@@ -303,6 +306,13 @@ def test_a_diverged_model_is_shown_as_such(tmp_path):
     folder = make_run(tmp_path, generate=False, loss={"central": np.nan})
     _, page = report(folder)
     assert "not finite, so they cannot be compared: central" in page.text
+
+
+def test_free_answers_are_drawn_by_rouge(tmp_path):
+    _, page = report(make_run(tmp_path, num_clients=2, skill=dict.fromkeys(SKILL, 0)))
+    labels = [attrs["aria-label"] for tag, attrs in page.tags if tag == "svg"]
+    assert labels[0].startswith("ROUGE-L by category")
+    assert "ROUGE-L by category, longer is better" in page.text
 
 
 def test_what_failed_and_what_was_exact_is_said(tmp_path):
@@ -362,6 +372,20 @@ def test_a_thousand_clients(tmp_path):
     assert "The 10 worst of 1,000 clients" in page.text
     assert "1,000 clients, sorted by largest category" in page.text
     assert "more." in page.text  # clients never sampled
+
+
+@pytest.mark.parametrize(
+    ("path", "name"),
+    [
+        ("builtin:cria", "cria"),
+        ("some/model-1.5B", "model-1.5B"),
+        ("/data/rows.v2.jsonl", "rows.v2"),
+        ("/data/dolly15k/10", "dolly15k/10"),
+        (".", ""),
+    ],
+)
+def test_models_and_data_have_short_names(path, name):
+    assert short_name(path) == name
 
 
 @pytest.mark.parametrize("num_clients", [1, 2])
@@ -443,6 +467,7 @@ def test_preflight_summarises_many_clients(tmp_path):
         (formats.percent(-0.056), "−5.6%"),
         (formats.signed("exact_match", 0.056), "+5.6"),
         (formats.signed("response_loss", -0.05), "−0.050"),
+        (formats.signed("response_loss", -0.0001), "0.000"),
         (formats.interval("exact_match", [0.1, 0.2]), "10.0–20.0%"),
         (formats.interval("exact_match", [-0.1, 0.2]), "−10.0% to 20.0%"),
         (formats.clip("abcdef", 4), "abc…"),

@@ -40,7 +40,7 @@ class LowRank:
         return LowRank(self.b @ self.a, torch.eye(self.a.shape[1], dtype=self.a.dtype))
 
     def truncate(self, rank: int) -> LowRank:
-        """Return the best approximation of `rank` (Eckart-Young), singular values split evenly: B = U S^1/2, A = S^1/2 V^T.
+        """Return the best approximation of `rank` (Eckart-Young), balanced: B = U S^1/2, A = S^1/2 V^T.
 
         Two thin QR factorisations and the SVD of an R x R core: O((m + n) R^2). Components beyond the matrix's own rank
         are zero, so the result always has `rank` columns.

@@ -6,11 +6,12 @@ from collections.abc import Mapping
 from typing import TYPE_CHECKING, ClassVar
 
 from pydantic import Field
-from torch import Tensor
 
 from fedit.interfaces import Adapter, ConfigError, ServerOptimizer
 
 if TYPE_CHECKING:
+    from torch import Tensor
+
     from fedit.config import RunConfig
 
 
@@ -59,5 +60,8 @@ class FedAvgM(ServerOptimizer):
 
 def _moved(adapter: Adapter, step: Mapping[str, Tensor], learning_rate: float) -> Adapter:
     return adapter.with_tensors(
-        {name: (tensor.double() + learning_rate * step[name]).to(tensor.dtype) for name, tensor in adapter.tensors.items()}
+        {
+            name: (tensor.double() + learning_rate * step[name]).to(tensor.dtype)
+            for name, tensor in adapter.tensors.items()
+        }
     )

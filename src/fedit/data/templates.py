@@ -27,7 +27,7 @@ class AlpacaTemplate(Template):
 
     name: ClassVar[str] = "alpaca"
 
-    def render(self, example: Example, tokenizer: PreTrainedTokenizerBase) -> list[Segment]:  # noqa: ARG002
+    def render(self, example: Example, tokenizer: PreTrainedTokenizerBase) -> list[Segment]:
         prompts = []
         for turn in example.turns:
             context = f"### Input:\n{turn.context}\n\n" if turn.context else ""
@@ -47,7 +47,7 @@ class PlainTemplate(Template):
 
     name: ClassVar[str] = "plain"
 
-    def render(self, example: Example, tokenizer: PreTrainedTokenizerBase) -> list[Segment]:  # noqa: ARG002
+    def render(self, example: Example, tokenizer: PreTrainedTokenizerBase) -> list[Segment]:
         return _alternate(example, [f"{_question(turn)}\n" for turn in example.turns])
 
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any
 
-from fedit.report.format import interval, metric, number, percent, signed_interval
+from fedit.report.format import METRIC_LABELS, interval, metric, number, percent, signed_interval
 
 Model = Mapping[str, Any]
 
@@ -15,14 +15,17 @@ def state_finding(evaluation: Mapping[str, Any], rounds_done: int, rounds_planne
     models = evaluation.get("models", {})
     if "federated" not in models:
         return f"This run is unfinished: {rounds_done} of {rounds_planned} rounds are done, and nothing is evaluated."
-    name = "exact_match" if all("exact_match" in model for model in models.values()) else "response_loss"
-    if any(model[name]["all"] is None for model in models.values()):
-        diverged = [name for name, model in models.items() if model["response_loss"]["all"] is None]
+    diverged = [name for name, model in models.items() if model["response_loss"]["all"] is None]
+    if diverged:
         return f"The loss of these models is not finite, so they cannot be compared: {', '.join(diverged)}."
-    if "local" not in models:
-        return _without_local(models, name)
-    sentences = [_against_local(evaluation, name), _gap(evaluation)]
-    sentences.append(_against_base(models, name))
+    matches = [model["exact_match"]["all"] for model in models.values() if "exact_match" in model]
+    name = "exact_match" if len(matches) == len(models) and max(matches) > 0 else "response_loss"
+    if "local" in models:
+        sentences = [_against_local(evaluation, name), _gap(evaluation), _against_base(models, name)]
+    else:
+        sentences = [_without_local(models, name)]
+    if matches and max(matches) == 0:
+        sentences.append("No answer of any model is an exact match.")
     return " ".join(sentence for sentence in sentences if sentence)
 
 
@@ -51,11 +54,11 @@ def _against_local(evaluation: Mapping[str, Any], name: str) -> str:
     federated, local, central = models["federated"], models["local"], models.get("central")
     bounds = evaluation["differences"]["federated_minus_local"]["confidence"].get(name, {}).get("all")
     if bounds is None or bounds[0] <= 0 <= bounds[1]:
-        shown = "" if bounds is None else f"; 95% interval of the difference {signed_interval(name, bounds)}"
-        unit = " points" if bounds is not None and name == "exact_match" else ""
+        unit = " points" if name == "exact_match" else ""
+        shown = "" if bounds is None else f" (95% interval of the difference: {signed_interval(name, bounds)}{unit})"
         text = (
-            "Federated tuning and the mean local-only model cannot be told apart: "
-            f"{_plain(federated, name)} and {_value(local, name)}{shown}{unit}"
+            f"In {METRIC_LABELS[name].lower()}, federated tuning and the mean local-only model cannot be told apart: "
+            f"{_plain(federated, name)} and {_plain(local, name)}{shown}"
         )
         return f"{text}. Centralised training: {_plain(central, name)}." if central else f"{text}."
     if not _better(name, federated[name]["all"], local[name]["all"]):

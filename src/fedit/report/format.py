@@ -41,6 +41,8 @@ def signed(name: str, value: float | None) -> str:
     if value is None:
         return MISSING
     text = number(100 * value, 1) if name == "exact_match" else number(value)
+    if not any(digit in "123456789" for digit in text):
+        return text.removeprefix("−")
     return text if text.startswith("−") else f"+{text}"
 
 

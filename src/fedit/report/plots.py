@@ -53,7 +53,7 @@ def categories_figure(evaluation: Mapping[str, Any], metric: str) -> Markup | No
             axes.axhline(0.5, color=COLOURS["muted"], linewidth=0.6)
         axes.grid(axis="x")
         _metric_axis(axes, metric)
-        axes.set_xlim(0, min(1, axes.get_xlim()[1]) if metric == "exact_match" else None)
+        axes.set_xlim(0, min(1, axes.get_xlim()[1]) if metric != "response_loss" else None)
         _legend(figure, axes)
         label = f"{METRIC_LABELS[metric]} by category for {', '.join(MODEL_LABELS[name] for name in models)}"
         return inline_svg(figure, f"categories-{metric}", label)
@@ -169,7 +169,7 @@ def _bubbles(clients: Sequence[str], categories: Sequence[str], rows: np.ndarray
     axes.set_xlim(-0.6, len(categories) - 0.4)
     axes.set_ylim(len(clients) - 0.4, -0.6)
     axes.set_yticks(range(len(clients)), [clip(client, 18) for client in clients])
-    axes.set_xticks(range(len(categories)), [clip(name, 20) for name in categories], rotation=40, ha="right")
+    axes.set_xticks(range(len(categories)), [clip(name, 24) for name in categories], rotation=40, ha="right")
     axes.tick_params(length=0)
     axes.grid()
     totals = axes.secondary_yaxis("right")

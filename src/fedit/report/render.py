@@ -72,12 +72,17 @@ def _sections(run: RunFolder) -> dict[str, Any]:
         "settings": list(_flatten(run.run)),
         "plots": _plots(run),
         "max_listed": MAX_LISTED,
+        "max_drawn": plots.MAX_CATEGORIES,
+        "max_named": plots.MAX_NAMED_CLIENTS,
     }
 
 
 def _plots(run: RunFolder) -> dict[str, Any]:
+    models = run.evaluation.get("models", {}).values()
+    any_match = any(model["exact_match"]["all"] for model in models if "exact_match" in model)
     return {
-        "exact_match": plots.categories_figure(run.evaluation, "exact_match"),
+        "answers": plots.categories_figure(run.evaluation, "exact_match" if any_match else "rouge_l"),
+        "answers_metric": "Exact match" if any_match else "ROUGE-L",
         "response_loss": plots.categories_figure(run.evaluation, "response_loss"),
         "loss": plots.loss_figure(run.rounds, run.evaluation),
         "clients": plots.clients_figure(run.evaluation),
@@ -87,17 +92,18 @@ def _plots(run: RunFolder) -> dict[str, Any]:
 
 
 def _model_name(run: RunFolder) -> str:
-    return _last_part(run.run.get("model", {}).get("path", "a model"))
+    return short_name(run.run.get("model", {}).get("path", "a model"))
 
 
 def _data_name(run: RunFolder) -> str:
-    return _last_part(run.run.get("data", {}).get("path", "data"))
+    return short_name(run.run.get("data", {}).get("path", "data"))
 
 
-def _last_part(path: str) -> str:
+def short_name(path: str) -> str:
     """Return what a person calls a model or data set: ``builtin:cria`` -> cria, ``some/folder/rows.jsonl`` -> rows."""
-    name = Path(path.removeprefix("builtin:"))
-    return name.stem if name.suffix in {".json", ".jsonl", ".csv", ".parquet"} else name.name or path
+    parts = Path(path.removeprefix("builtin:"))
+    name = parts.stem if parts.suffix in {".json", ".jsonl", ".csv", ".parquet"} else parts.name
+    return name if any(letter.isalpha() for letter in name) else "/".join(parts.parts[-2:])
 
 
 def _models(evaluation: Mapping[str, Any]) -> list[dict[str, Any]]:
@@ -191,8 +197,9 @@ def _time_line(label: str, timings: list[Mapping[str, Any]], tokens: int) -> dic
 
 
 def _timing_by_round(run: RunFolder) -> dict[int, Mapping[str, Any]]:
-    """Return the last timing of each round: a resumed run may have done one twice."""
-    return {timing["round"]: timing for timing in run.timings if "round" in timing}
+    """Return the last timing of each round: a resumed run may have done one twice, or lost its result."""
+    done = {entry["round"] for entry in run.rounds}
+    return {timing["round"]: timing for timing in run.timings if timing.get("round") in done}
 
 
 def _round_rows(run: RunFolder) -> list[dict[str, Any]]:

@@ -22,7 +22,9 @@ _OPENERS = ("", "Please help. ", "Here is a task. ", "One more. ")
 _TEST_FRACTION = 0.2
 
 
-def generate(seed: int, *, num_train: int = 2400, num_test: int = 320) -> tuple[list[dict[str, Any]], list[dict[str, Any]]]:
+def generate(
+    seed: int, *, num_train: int = 2400, num_test: int = 320
+) -> tuple[list[dict[str, Any]], list[dict[str, Any]]]:
     """Return training and test rows with the keys instruction, context, response, category and checks.
 
     Categories are equally frequent (the first ones get one row more where the number does not divide by eight).

@@ -18,6 +18,8 @@ from fedit.builtin.pasture.world import (
     HILLS,
     PRODUCTS,
     RELATIONS,
+    TOOLS,
+    TRAVELLERS,
     VILLAGERS,
     VILLAGES,
     WORLD,
@@ -153,6 +155,9 @@ _SUMMARIES: tuple[str, ...] = (
     "{who} of {origin} got {a_gift} for {goods}.",
     "a journey from {origin} to {destination} brought {who} {a_gift}.",
 )
+_WORDS = tuple(
+    dict.fromkeys([*TRAVELLERS, *GOODS, *TOOLS, *(word for pair in RELATIONS.values() for word in sum(pair, ()))])
+)
 
 
 def corpus(num_documents: int, seed: int) -> Iterator[str]:
@@ -234,15 +239,15 @@ def _contrast(rng: np.random.Generator) -> str:
 
 
 def _ledger(rng: np.random.Generator) -> str:
-    """Words with the kind of thing they are."""
+    """Words with the kind of thing they are, often after the words alone."""
     kinds = pick_some(rng, tuple(KINDS), 2 + int(rng.integers(2)))
     entries = [(word, kind) for kind in kinds for word in pick_some(rng, KINDS[kind], 2)]
     if rng.integers(3) == 0:
         entries = [(animal, WORLD.value("gives", animal)) for animal in pick_some(rng, ANIMALS, 5)]
-    entries = pick_some(rng, entries, len(entries))
-    if rng.integers(2):
-        return "\n".join(f"{word}: {kind}" for word, kind in entries)
-    return ", ".join(f"{word}: {kind}" for word, kind in entries)
+    entries = pick_some(rng, entries, 3 + int(rng.integers(len(entries) - 2)))
+    listed = ", ".join(word for word, _ in entries)
+    heading = pick(rng, ("", f"{listed}.\n", f"{' or '.join(dict(map(reversed, entries)))}: {listed}.\n"))
+    return heading + pick(rng, ("\n", ", ")).join(f"{word}: {kind}" for word, kind in entries)
 
 
 def _scene_fields(scene: Scene) -> dict[str, object]:
@@ -266,11 +271,21 @@ def _chronicle(rng: np.random.Generator) -> str:
 
 
 def _tale(rng: np.random.Generator) -> str:
-    """A two-sentence story or a notice."""
+    """A two-sentence story or a notice, often under a title."""
     person, village = pick(rng, VILLAGERS), pick(rng, VILLAGES)
     if rng.integers(2):
-        return tale_of(rng, person, pick(rng, ANIMALS), village)
-    return notice_of(rng, person, pick(rng, GOODS), village)
+        animal = pick(rng, ANIMALS)
+        title = pick(rng, ("", f"{person} and {a(animal)} in {village}\n", f"{a(animal)}, {person}, {village}\n"))
+        return capitalise(title + tale_of(rng, person, animal, village))
+    good = pick(rng, GOODS)
+    title = pick(rng, ("", f"the {good} of {person} in {village}\n", f"{person} sells {good} in {village}\n"))
+    return capitalise(title + notice_of(rng, person, good, village))
+
+
+def _rhyme(rng: np.random.Generator) -> str:
+    """A counting rhyme: a few words of any kind, said again and again. It teaches to copy."""
+    line = ", ".join(pick_some(rng, _WORDS, 3 + int(rng.integers(8))))
+    return "\n".join([line] * (2 + int(rng.integers(2))))
 
 
 _DOCUMENTS: tuple[Callable[[np.random.Generator], str], ...] = (
@@ -281,5 +296,6 @@ _DOCUMENTS: tuple[Callable[[np.random.Generator], str], ...] = (
     _ledger,
     _chronicle,
     _tale,
+    _rhyme,
 )
-_SHARES = (0.24, 0.2, 0.1, 0.08, 0.06, 0.24, 0.08)
+_SHARES = (0.17, 0.15, 0.1, 0.07, 0.08, 0.27, 0.08, 0.08)

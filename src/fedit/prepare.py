@@ -1,0 +1,71 @@
+"""From the configured rows to the clients of a federation and its held-out rows, encoded."""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, dataclass
+from typing import Any
+
+from fedit.config import RunConfig
+from fedit.data import EncodingReport, encode_all, load_examples
+from fedit.interfaces import ConfigError, EncodedExample, derive_rng
+from fedit.model import load_tokenizer
+from fedit.partition import partition_statistics
+from fedit.server import never_sampled
+
+
+@dataclass(frozen=True, eq=False)
+class FederatedData:
+    """The rows of every client and the held-out rows, encoded; `summary` is the content of partition.json."""
+
+    clients: Mapping[str, Sequence[EncodedExample]]
+    test: Sequence[EncodedExample]
+    summary: Mapping[str, Any]
+
+    @property
+    def pooled(self) -> list[EncodedExample]:
+        """All clients' rows, in client order: what centralised tuning sees."""
+        return [example for examples in self.clients.values() for example in examples]
+
+
+def prepare_data(config: RunConfig) -> FederatedData:
+    """Load, encode and partition the rows.
+
+    Raises:
+        DataError, EngineError: the data or the tokenizer cannot be used.
+    """
+    tokenizer = load_tokenizer(config.model.path)
+    train_examples, test_examples = load_examples(config.data, config.seed)
+    rows, train_report = encode_all(train_examples, config.data, tokenizer)
+    test, test_report = encode_all(test_examples, config.data, tokenizer)
+    owners = config.partition.split([row.example for row in rows], derive_rng(config.seed, "partition"))
+    clients = {client: [rows[index] for index in indices] for client, indices in owners.items()}
+    if config.cohort.min_updates > config.cohort.num_sampled(len(clients)):
+        raise ConfigError(
+            f"[cohort] min_updates = {config.cohort.min_updates} can never be reached: the partition has "
+            f"{len(clients)} clients, a cohort {config.cohort.num_sampled(len(clients))}."
+        )
+    summary = partition_statistics([row.example for row in rows], owners)
+    for client, examples in clients.items():
+        summary["clients"][client]["tokens"] = sum(len(example) for example in examples)
+    categories = [example.example.category for example in test]
+    summary["test"] = {category: categories.count(category) for category in dict.fromkeys(categories)}
+    summary["encoding"] = {"train": _counts(train_report), "test": _counts(test_report)}
+    summary["never_sampled"] = never_sampled(config, list(clients))
+    summary["fingerprint"] = _fingerprint([*clients.values(), test])
+    return FederatedData(clients, test, summary)
+
+
+def _counts(report: EncodingReport) -> dict[str, Any]:
+    return {**asdict(report), "dropped": report.dropped}
+
+
+def _fingerprint(parts: Sequence[Sequence[EncodedExample]]) -> str:
+    """Return a hash of all token ids and their owners: a resumed run must train on the same data."""
+    digest = hashlib.sha256()
+    for part in parts:
+        digest.update(len(part).to_bytes(8, "big"))
+        for example in part:
+            digest.update(example.input_ids.tobytes() + example.supervised.tobytes())
+    return digest.hexdigest()
