@@ -7,11 +7,12 @@ from pathlib import Path
 import torch
 from safetensors.torch import load_file
 
+from fedit.base import load_base, load_tokenizer, resolve_device
 from fedit.config import RunConfig
 from fedit.data import encode_prompt
 from fedit.export import PEFT_PREFIX
 from fedit.interfaces import Adapter, EngineError, Example, Turn
-from fedit.model import StackedModel, load_base, load_tokenizer, resolve_device
+from fedit.model import StackedModel
 
 
 class Conversation:

@@ -93,7 +93,7 @@ def check(
     """Check a recipe against its data and model without training anything."""
     config = _load(recipe, override, plugin, seed)
     _quiet()
-    from fedit.model import find_targets, load_base, resolve_device
+    from fedit.base import find_targets, load_base, resolve_device
 
     data = _prepare(config)
     base = load_base(config.model, resolve_device(config.engine.device))

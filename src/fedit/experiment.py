@@ -20,15 +20,16 @@ from typing import Any
 
 import torch
 
+from fedit.base import load_base, load_tokenizer, resolve_device
 from fedit.baselines import Trained, central_task, local_tasks, train_baseline
 from fedit.config import RunConfig
 from fedit.engines.simulation import Simulation
 from fedit.evaluation.heldout import mean_loss, predict
 from fedit.evaluation.metrics import Prediction, summarise
 from fedit.export import save_adapter
-from fedit.files import append_line, write_atomically, write_json
+from fedit.files import append_line, keep_lines, write_atomically, write_json
 from fedit.interfaces import Adapter, ConfigError, DataError, EncodedExample, derive_rng
-from fedit.model import StackedModel, load_base, load_tokenizer, resolve_device
+from fedit.model import StackedModel
 from fedit.prepare import FederatedData
 from fedit.report import RunFolder, write_report
 from fedit.server import RoundRecord, ServerState, load_state, save_state, train
@@ -126,7 +127,8 @@ def _federated(run: _Run) -> Adapter:
     """Train the rounds that are not saved yet; return the global adapter."""
     config, checkpoints, rounds = run.config, run.folder / "checkpoints", run.folder / "rounds.jsonl"
     state = load_state(checkpoints) or ServerState(0, run.initial)
-    _keep_rounds(rounds, state.round_index)
+    keep_lines(rounds, state.round_index)
+    keep_lines(run.folder / "timings.jsonl")
     watch = _Watch()
 
     def finish_round(state: ServerState, record: RoundRecord) -> None:
@@ -235,13 +237,6 @@ def _start_folder(folder: Path, data: FederatedData, described: Mapping[str, Any
             f"{folder} was started on other rows: what [data] path = {described['config']['data']['path']!r} gives now "
             "differs. Restore the data, or start a new run."
         )
-
-
-def _keep_rounds(path: Path, num_rounds: int) -> None:
-    """Drop the lines after the last checkpoint, a half-written one among them."""
-    if path.is_file():
-        whole = [line for line in path.read_bytes().splitlines(keepends=True) if line.endswith(b"\n")]
-        write_atomically(path, b"".join(whole[:num_rounds]))
 
 
 def _round_tokens(config: RunConfig, examples: Sequence[EncodedExample]) -> float:

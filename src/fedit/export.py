@@ -9,10 +9,11 @@ from peft import LoraConfig, PeftModel, TaskType
 from safetensors.torch import save
 from transformers import AutoModelForCausalLM
 
+from fedit.base import load_tokenizer, resolve_path
 from fedit.config import RunConfig
 from fedit.files import write_atomically
 from fedit.interfaces import Adapter, EngineError
-from fedit.model import StackedModel, load_tokenizer, resolve_path
+from fedit.model import StackedModel
 
 PEFT_PREFIX = "base_model.model."
 

@@ -11,81 +11,20 @@ import math
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
-from pathlib import Path
+from typing import TYPE_CHECKING
 
 import numpy as np
 import torch
 from torch import Tensor, nn
 from torch.nn.functional import cross_entropy
-from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
 from transformers.pytorch_utils import Conv1D
 
-from fedit.builtin import CRIA_FOLDER
-from fedit.config import AdapterConfig, ModelConfig
-from fedit.interfaces import Adapter, EncodedExample, EngineError, did_you_mean
+from fedit.base import find_targets, is_linear, linear_shape
+from fedit.config import AdapterConfig
+from fedit.interfaces import Adapter, EncodedExample, EngineError
 
-# ---------------------------------------------------------------------------------------------------------- loading
-
-
-def resolve_device(device: str) -> torch.device:
-    """Return the torch device of `[engine] device`; raise EngineError where it is not there."""
-    if device == "auto":
-        return torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    try:
-        resolved = torch.device(device)
-        torch.empty(0, device=resolved)
-    except (RuntimeError, AssertionError) as error:
-        raise EngineError(f"[engine] device = {device!r} is not usable here: {error}. Try cpu.") from error
-    return resolved
-
-
-def resolve_dtype(dtype: str, device: torch.device) -> torch.dtype:
-    """Return the torch dtype of `[model] dtype`; auto is bfloat16 where `device` multiplies it natively."""
-    if dtype != "auto":
-        return {"float32": torch.float32, "bfloat16": torch.bfloat16}[dtype]
-    if device.type == "cuda":
-        return torch.bfloat16 if torch.cuda.is_bf16_supported(including_emulation=False) else torch.float32
-    capabilities = torch.cpu.get_capabilities()
-    native = any(capabilities.get(name, False) for name in ("avx512_bf16", "amx_bf16", "arm_bf16", "bf16"))
-    return torch.bfloat16 if native else torch.float32
-
-
-def resolve_path(path: str) -> str:
-    """Return the folder or Hub name of `[model] path`."""
-    return str(CRIA_FOLDER) if path == "builtin:cria" else path
-
-
-def load_tokenizer(path: str) -> PreTrainedTokenizerBase:
-    """Load the tokenizer of a model folder or Hub name; raise EngineError that says what is missing."""
-    try:
-        return AutoTokenizer.from_pretrained(resolve_path(path))
-    except (OSError, ValueError) as error:
-        raise EngineError(_not_loaded(path, "tokenizer", error)) from error
-
-
-def load_base(config: ModelConfig, device: torch.device) -> PreTrainedModel:
-    """Load the base frozen, in evaluation mode, on `device`; raise EngineError that says what is missing."""
-    dtype = resolve_dtype(config.dtype, device)
-    try:
-        base = AutoModelForCausalLM.from_pretrained(resolve_path(config.path), dtype=dtype)
-    except (OSError, ValueError) as error:
-        raise EngineError(_not_loaded(config.path, "weights", error)) from error
-    base.requires_grad_(False)
-    base.eval()
-    base.to(device)  # pyright: ignore[reportArgumentType] (transformers' annotation hides torch's)
-    return base
-
-
-def _not_loaded(path: str, what: str, error: Exception) -> str:
-    folder = Path(path)
-    if folder.is_dir():
-        found = ", ".join(sorted(item.name for item in folder.iterdir())) or "nothing"
-        return f"[model] path = {path!r}: the folder has no usable {what} (it holds: {found}). {error}"
-    return (
-        f"[model] path = {path!r}: no such folder, and the Hugging Face Hub gave no {what}. Check the name and the "
-        f"network (HF_HUB_OFFLINE=1 uses only what is cached), or give a local folder. {error}"
-    )
-
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 # ---------------------------------------------------------------------------------------------------- stacked LoRA
 
@@ -149,7 +88,7 @@ class StackedLora(nn.Module):
         super().__init__()
         self.name = name
         self.base = base
-        self.num_inputs, self.num_outputs = _linear_shape(base)
+        self.num_inputs, self.num_outputs = linear_shape(base)
         self._routing = routing
         self._dropout = dropout
 
@@ -225,7 +164,7 @@ class StackedModel:
         """Return names that select exactly the adapted layers in PEFT: name endings where they suffice."""
         adapted = {layer.name for layer in self.layers}
         endings = sorted({name.rpartition(".")[2] for name in adapted})
-        others = [name for name, module in self.base.named_modules() if _is_linear(module)]
+        others = [name for name, module in self.base.named_modules() if is_linear(module)]
         bases = {f"{name}.base" for name in adapted}
         if any(name.rpartition(".")[2] in endings for name in others if name not in bases):
             return sorted(adapted)
@@ -313,8 +252,12 @@ class StackedModel:
 
     @torch.inference_mode()
     def generate(self, prompts: Sequence[np.ndarray], slots: Sequence[int], max_new_tokens: int) -> list[str]:
-        """Return the greedy continuation of each prompt (int32 ids) under its row's slot, up to EOS."""
+        """Return the greedy continuation of each prompt (int32 ids) under its row's slot.
+
+        It ends at EOS, after `max_new_tokens`, or where the longest prompt of the batch reaches the model's context.
+        """
         length = max(len(prompt) for prompt in prompts)
+        room = (getattr(self.base.config, "max_position_embeddings", None) or length + max_new_tokens) - length
         input_ids = torch.zeros(len(prompts), length, dtype=torch.int64)
         attention_mask = torch.zeros_like(input_ids)
         for row, prompt in enumerate(prompts):
@@ -325,7 +268,7 @@ class StackedModel:
             output = self.base.generate(  # pyright: ignore[reportCallIssue] (torch's __getattr__ hides the mixin)
                 input_ids=input_ids.to(self.device),
                 attention_mask=attention_mask.to(self.device),
-                max_new_tokens=max_new_tokens,
+                max_new_tokens=max(1, min(max_new_tokens, room)),
                 do_sample=False,
                 eos_token_id=eos,
                 pad_token_id=eos,
@@ -351,46 +294,6 @@ class StackedModel:
         if positions is None:
             return inputs
         return (inputs[0].flatten(0, 1).index_select(0, positions)[None], *inputs[1:])
-
-
-# ---------------------------------------------------------------------------------------------------------- targets
-
-
-def find_targets(base: PreTrainedModel, target_modules: str | Sequence[str]) -> dict[str, nn.Module]:
-    """Return the linear layers to adapt by name, in the model's order.
-
-    A target is a layer's name or the end of one (``q_proj``), as in PEFT; ``all-linear`` is every linear layer but the
-    head.
-
-    Raises:
-        EngineError: a target matches nothing.
-    """
-    head = base.get_output_embeddings()
-    linear: dict[str, nn.Module] = {
-        name: module for name, module in base.named_modules() if _is_linear(module) and module is not head
-    }
-    if isinstance(target_modules, str):
-        return linear
-    found: dict[str, nn.Module] = {}
-    for target in target_modules:
-        matches = {name: module for name, module in linear.items() if name == target or name.endswith(f".{target}")}
-        if not matches:
-            endings = {name.rpartition(".")[2] for name in linear}
-            raise EngineError(f"[adapter] target_modules: {target!r} matches no layer. {did_you_mean(target, endings)}")
-        found |= matches
-    return {name: module for name, module in linear.items() if name in found}
-
-
-def _is_linear(module: nn.Module) -> bool:
-    return isinstance(module, nn.Linear | Conv1D)
-
-
-def _linear_shape(layer: nn.Module) -> tuple[int, int]:
-    """Return (inputs, outputs); GPT-2's Conv1D keeps its weight transposed."""
-    if isinstance(layer, Conv1D):
-        return layer.weight.shape[0], layer.weight.shape[1]
-    assert isinstance(layer, nn.Linear)
-    return layer.in_features, layer.out_features
 
 
 def _factor_shapes(layer: StackedLora, rank: int) -> Mapping[str, tuple[int, int]]:

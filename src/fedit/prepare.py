@@ -7,10 +7,10 @@ from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
 from typing import Any
 
+from fedit.base import context_length, load_tokenizer
 from fedit.config import RunConfig
 from fedit.data import EncodingReport, encode_all, load_examples
 from fedit.interfaces import ConfigError, EncodedExample, derive_rng
-from fedit.model import load_tokenizer
 from fedit.partition import partition_statistics
 from fedit.server import never_sampled
 
@@ -33,8 +33,15 @@ def prepare_data(config: RunConfig) -> FederatedData:
     """Load, encode and partition the rows.
 
     Raises:
-        DataError, EngineError: the data or the tokenizer cannot be used.
+        DataError, EngineError: the data, the model or the tokenizer cannot be used.
+        ConfigError: the configuration asks for more than the data or the model have.
     """
+    context = context_length(config.model.path)
+    if context is not None and config.data.max_length > context:
+        raise ConfigError(
+            f"[data] max_length = {config.data.max_length} is more than the {context} positions of [model] path = "
+            f"{config.model.path!r}. Lower it: -o data.max_length={context}."
+        )
     tokenizer = load_tokenizer(config.model.path)
     train_examples, test_examples = load_examples(config.data, config.seed)
     rows, train_report = encode_all(train_examples, config.data, tokenizer)

@@ -6,6 +6,7 @@ It sees adapters, never data: this module can import nothing that reads rows or 
 from __future__ import annotations
 
 import json
+import math
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -23,7 +24,6 @@ from fedit.interfaces import (
     ClientTask,
     ClientUpdate,
     Engine,
-    FeditError,
     RoundError,
     derive_rng,
 )
@@ -70,7 +70,7 @@ def train(
     """Run the rounds that `state` still lacks; `finish_round` evaluates and saves after each of them.
 
     Raises:
-        RoundError: a round got fewer than ``min_updates`` usable updates.
+        RoundError: a round got fewer than ``min_updates`` usable updates, or made an adapter that is not finite.
     """
     while state.round_index < config.rounds:
         state, record = run_round(config, engine, state)
@@ -88,12 +88,18 @@ def run_round(config: RunConfig, engine: Engine, state: ServerState) -> tuple[Se
     answers = _Answers(tasks)
     result = config.aggregation.aggregate(state.adapter, answers.updates(engine.run(tasks), config.cohort.min_updates))
     adapter, optimizer_state = config.server_optimizer.apply(state.adapter, result.delta, state.optimizer_state)
+    update_norm = distance(adapter, state.adapter)
+    if not math.isfinite(update_norm):
+        raise RoundError(
+            f"Round {state.round_index + 1}: the new global adapter is not finite. Lower the rates of [client] or "
+            "[server_optimizer]. The checkpoint of the round before is intact."
+        )
     record = RoundRecord(
         round=state.round_index + 1,
         cohort=list(cohort),
         failures=answers.failures,
         train_loss=answers.loss_sum / max(1, answers.num_tokens),
-        update_norm=distance(adapter, state.adapter),
+        update_norm=update_norm,
         aggregation_loss=result.metrics.get("aggregation_loss"),
         bytes_up=answers.bytes_up,
         bytes_down=sum(wire_size(task.adapter) for task in tasks),
@@ -165,15 +171,17 @@ def unusable(task: ClientTask, result: ClientUpdate) -> str | None:
     """Return why an update cannot be aggregated (names, shapes, values, counts), or None."""
     expected = {name: tensor.shape for name, tensor in task.adapter.tensors.items()}
     got = {name: tensor.shape for name, tensor in result.update.tensors.items()}
-    if got != expected or (result.update.rank, result.update.lora_alpha) != (
-        task.adapter.rank,
-        task.adapter.lora_alpha,
-    ):
+    if got != expected:
         wrong = sorted(name for name in got.keys() | expected.keys() if got.get(name) != expected.get(name))
         return f"the update is not shaped like the adapter that was sent ({len(wrong)} tensors, first {wrong[:2]})"
+    sent, returned = ((adapter.rank, adapter.lora_alpha) for adapter in (task.adapter, result.update))
+    if returned != sent:
+        return f"the update has another scale: (rank, lora_alpha) {returned}, sent {sent}"
     broken = [name for name, tensor in result.update.tensors.items() if not bool(torch.isfinite(tensor).all())]
     if broken:
         return f"the update is not finite ({len(broken)} tensors, first {broken[0]})"
+    if not math.isfinite(result.loss):
+        return f"the training loss is not finite: {result.loss}"
     if result.num_examples < 0 or result.num_tokens < 0:
         return f"negative counts: num_examples {result.num_examples}, num_tokens {result.num_tokens}"
     return None
@@ -193,7 +201,7 @@ def wire_size(adapter: Adapter) -> int:
         end = offset + tensor.nbytes
         header[name] = {"dtype": "F32", "shape": list(tensor.shape), "data_offsets": [offset, end]}
         offset = end
-    header_bytes = len(json.dumps(header, separators=(",", ":")))
+    header_bytes = len(json.dumps(header, separators=(",", ":"), ensure_ascii=False).encode())
     return 8 + -(-header_bytes // 8) * 8 + offset
 
 
@@ -211,15 +219,7 @@ def save_state(state: ServerState, folder: Path, keep: int = 2) -> None:
     about = {"round_index": state.round_index, "rank": state.adapter.rank, "lora_alpha": state.adapter.lora_alpha}
     content = save({name: tensor.contiguous() for name, tensor in tensors.items()}, {"fedit": json.dumps(about)})
     target = folder / f"round-{state.round_index:05d}.safetensors"
-    try:
-        folder.mkdir(parents=True, exist_ok=True)
-        write_atomically(target, content)
-    except OSError as error:
-        saved = [path.name for path in _checkpoints(folder)]
-        raise FeditError(
-            f"The checkpoint {target} could not be written: {error.strerror}. Earlier checkpoints are intact "
-            f"({', '.join(saved) or 'none yet'}); make room and resume."
-        ) from error
+    write_atomically(target, content)
     for old in _checkpoints(folder)[:-keep]:
         old.unlink()
 
@@ -240,4 +240,4 @@ def load_state(folder: Path) -> ServerState | None:
 
 
 def _checkpoints(folder: Path) -> list[Path]:
-    return sorted(folder.glob("round-*.safetensors"))
+    return sorted(folder.glob("round-*.safetensors"), key=lambda path: (len(path.name), path.name))

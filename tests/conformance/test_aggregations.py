@@ -151,7 +151,7 @@ def test_the_reported_loss_is_the_true_one(rule, counts, seed) -> None:
 @settings(max_examples=25, deadline=None)
 @given(counts=COUNTS, seed=SEEDS)
 def test_clients_that_share_a_factor_lose_nothing(rule, counts, seed) -> None:
-    """With one A for all, the mean of the products is B_mean A, of the rank that the adapter has: exact for any rule."""
+    """With one A for all, the mean of the products is B_mean A, of no more than the rank: exact for any rule."""
     case = Round.random(counts, seed)
     first = case.updates[0].update.tensors
     shared = {name: tensor for name, tensor in first.items() if name.endswith("lora_A.weight")}
@@ -269,7 +269,8 @@ def test_adds_in_float64(rule) -> None:
     small = {name: torch.ones_like(tensor) for name, tensor in case.adapter.tensors.items()}
     steps = [large, small, {name: -tensor for name, tensor in large.items()}]
     updates = [
-        replace(result, update=case.adapter.with_tensors(step)) for result, step in zip(case.updates, steps, strict=True)
+        replace(result, update=case.adapter.with_tensors(step))
+        for result, step in zip(case.updates, steps, strict=True)
     ]
     delta = rule.aggregate(case.adapter, iter(updates)).delta
     assert all(torch.allclose(step, torch.full_like(step, 1 / 3), rtol=1e-12) for step in delta.values())

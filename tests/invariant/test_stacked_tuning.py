@@ -13,9 +13,10 @@ from peft import LoraConfig, get_peft_model
 from torch import Tensor
 from transformers import AutoModelForCausalLM
 
+from fedit.base import load_base, load_tokenizer
 from fedit.config import AdapterConfig, ClientConfig, ModelConfig
 from fedit.interfaces import Adapter, EncodedExample, EngineError, Example, Turn
-from fedit.model import Batch, StackedModel, load_base, load_tokenizer
+from fedit.model import Batch, StackedModel
 from fedit.tuning import TuningTask, batch_indices, tune
 
 CPU = torch.device("cpu")

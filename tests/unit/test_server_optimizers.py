@@ -49,7 +49,7 @@ def test_velocity_is_kept_in_float64() -> None:
 
 
 def test_fedavgm_refuses_a_rule_that_changes_the_basis() -> None:
-    with pytest.raises(ConfigError, match="'flexlora' changes the basis.*Use fedavg"):
+    with pytest.raises(ConfigError, match=r"'flexlora' changes the basis.*Use fedavg"):
         parse_config({"aggregation": "flexlora", "server_optimizer": "fedavgm"})
     parse_config({"aggregation": "fedit", "server_optimizer": "fedavgm"})
     parse_config({"aggregation": "flexlora", "server_optimizer": "fedavg"})

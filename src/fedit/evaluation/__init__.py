@@ -1,0 +1,1 @@
+"""What a run is measured by: checks of answers, metrics, held-out evaluation."""

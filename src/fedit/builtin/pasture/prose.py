@@ -10,7 +10,7 @@ import numpy as np
 
 from fedit.builtin.pasture.language import a, capitalise, join, pick, pick_some
 from fedit.builtin.pasture.scenes import Scene, draw_scene, tell
-from fedit.builtin.pasture.tasks import KINDS, TOPICS, tale_of, notice_of
+from fedit.builtin.pasture.tasks import KINDS, TOPICS, notice_of, tale_of
 from fedit.builtin.pasture.world import (
     ANIMALS,
     FODDER,

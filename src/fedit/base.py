@@ -1,0 +1,122 @@
+"""The frozen base: device, precision, weights, tokenizer, and which of its layers are adapted."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+
+import torch
+from torch import nn
+from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
+from transformers.pytorch_utils import Conv1D
+
+from fedit.builtin import CRIA_FOLDER
+from fedit.config import ModelConfig
+from fedit.interfaces import EngineError, did_you_mean
+
+
+def resolve_device(device: str) -> torch.device:
+    """Return the torch device of `[engine] device`; raise EngineError where it is not there."""
+    if device == "auto":
+        return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    try:
+        resolved = torch.device(device)
+        torch.empty(0, device=resolved)
+    except (RuntimeError, AssertionError) as error:
+        raise EngineError(f"[engine] device = {device!r} is not usable here: {error}. Try cpu.") from error
+    return resolved
+
+
+def resolve_dtype(dtype: str, device: torch.device) -> torch.dtype:
+    """Return the torch dtype of `[model] dtype`; auto is bfloat16 where `device` multiplies it natively."""
+    if dtype != "auto":
+        return {"float32": torch.float32, "bfloat16": torch.bfloat16}[dtype]
+    if device.type == "cuda":
+        return torch.bfloat16 if torch.cuda.is_bf16_supported(including_emulation=False) else torch.float32
+    capabilities = torch.cpu.get_capabilities()
+    native = any(capabilities.get(name, False) for name in ("avx512_bf16", "amx_bf16", "arm_bf16", "bf16"))
+    return torch.bfloat16 if native else torch.float32
+
+
+def resolve_path(path: str) -> str:
+    """Return the folder or Hub name of `[model] path`."""
+    return str(CRIA_FOLDER) if path == "builtin:cria" else path
+
+
+def load_tokenizer(path: str) -> PreTrainedTokenizerBase:
+    """Load the tokenizer of a model folder or Hub name; raise EngineError that says what is missing."""
+    try:
+        return AutoTokenizer.from_pretrained(resolve_path(path))
+    except (OSError, ValueError) as error:
+        raise EngineError(_not_loaded(path, "tokenizer", error)) from error
+
+
+def context_length(path: str) -> int | None:
+    """Return the most positions that a model can take, None where it does not say; raise EngineError if not found."""
+    try:
+        config = AutoConfig.from_pretrained(resolve_path(path))
+    except (OSError, ValueError) as error:
+        raise EngineError(_not_loaded(path, "configuration", error)) from error
+    return getattr(config, "max_position_embeddings", None)
+
+
+def load_base(config: ModelConfig, device: torch.device) -> PreTrainedModel:
+    """Load the base frozen, in evaluation mode, on `device`; raise EngineError that says what is missing."""
+    dtype = resolve_dtype(config.dtype, device)
+    try:
+        base = AutoModelForCausalLM.from_pretrained(resolve_path(config.path), dtype=dtype)
+    except (OSError, ValueError) as error:
+        raise EngineError(_not_loaded(config.path, "weights", error)) from error
+    base.requires_grad_(False)
+    base.eval()
+    base.to(device)  # pyright: ignore[reportArgumentType] (transformers' annotation hides torch's)
+    return base
+
+
+def _not_loaded(path: str, what: str, error: Exception) -> str:
+    folder = Path(path)
+    if folder.is_dir():
+        found = ", ".join(sorted(item.name for item in folder.iterdir())) or "nothing"
+        return f"[model] path = {path!r}: the folder has no usable {what} (it holds: {found}). {error}"
+    return (
+        f"[model] path = {path!r}: no such folder, and the Hugging Face Hub gave no {what}. Check the name and the "
+        f"network (HF_HUB_OFFLINE=1 uses only what is cached), or give a local folder. {error}"
+    )
+
+
+def find_targets(base: PreTrainedModel, target_modules: str | Sequence[str]) -> dict[str, nn.Module]:
+    """Return the linear layers to adapt by name, in the model's order.
+
+    A target is a layer's name or the end of one (``q_proj``), as in PEFT; ``all-linear`` is every linear layer but the
+    head.
+
+    Raises:
+        EngineError: a target matches nothing.
+    """
+    head = base.get_output_embeddings()
+    linear: dict[str, nn.Module] = {
+        name: module for name, module in base.named_modules() if is_linear(module) and module is not head
+    }
+    if isinstance(target_modules, str):
+        return linear
+    found: dict[str, nn.Module] = {}
+    for target in target_modules:
+        matches = {name: module for name, module in linear.items() if name == target or name.endswith(f".{target}")}
+        if not matches:
+            endings = {name.rpartition(".")[2] for name in linear}
+            raise EngineError(f"[adapter] target_modules: {target!r} matches no layer. {did_you_mean(target, endings)}")
+        found |= matches
+    return {name: module for name, module in linear.items() if name in found}
+
+
+def is_linear(module: nn.Module) -> bool:
+    """Tell whether a module is a linear layer that LoRA can be added to."""
+    return isinstance(module, nn.Linear | Conv1D)
+
+
+def linear_shape(layer: nn.Module) -> tuple[int, int]:
+    """Return (inputs, outputs); GPT-2's Conv1D keeps its weight transposed."""
+    if isinstance(layer, Conv1D):
+        return layer.weight.shape[0], layer.weight.shape[1]
+    assert isinstance(layer, nn.Linear)
+    return layer.in_features, layer.out_features
