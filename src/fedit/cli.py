@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import logging
 import os
+import shlex
 import sys
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
@@ -67,15 +68,13 @@ def run(
         with LiveView(console) as view:
             result = run_experiment(config, folder, data, view, recipe=recipe, plugin_files=plugin or ())
     except KeyboardInterrupt:
-        console.print(
-            f"\nInterrupted. What was finished is saved; go on with:\n  fedit run --resume {folder}", highlight=False
-        )
+        _say(f"\nInterrupted. {_how_to_go_on(folder)}")
         sys.exit(130)
-    except FeditError:
-        console.print(f"The run stopped; go on with:  fedit run --resume {folder}", highlight=False)
+    except (FeditError, OSError) as error:
+        error.add_note(_how_to_go_on(folder))
         raise
     console.print(final_table(result.evaluation))
-    console.print(f"Report:  {folder / 'report.html'}\nAdapter: {folder / 'adapter'}", highlight=False, soft_wrap=True)
+    _say(f"Report:  {folder / 'report.html'}\nAdapter: {folder / 'adapter'}")
     if as_json:
         _print_json({"folder": str(folder), **result.evaluation})
 
@@ -123,7 +122,7 @@ def partition(
         from fedit.report.plots import partition_figure
 
         out.write_text(str(partition_figure(data.summary)), encoding="utf-8")
-        console.print(f"Picture: {out}", highlight=False)
+        _say(f"Picture: {out}")
     if as_json:
         _print_json(data.summary)
 
@@ -133,7 +132,7 @@ def report(folder: Path, /) -> None:
     """Write report.html of a run folder again; works on unfinished runs too."""
     from fedit.report import write_report
 
-    console.print(f"Report: {write_report(folder)}", highlight=False, soft_wrap=True)
+    _say(f"Report: {write_report(folder)}")
 
 
 @app.command
@@ -146,7 +145,7 @@ def export(
     from fedit.export import save_merged
 
     save_merged(folder / "adapter", merged, config.model.path)
-    console.print(f"Merged model: {merged}", highlight=False, soft_wrap=True)
+    _say(f"Merged model: {merged}")
 
 
 @app.command
@@ -202,13 +201,14 @@ def list_plugins(*, plugin: PluginFiles = None, as_json: AsJson = False) -> None
 
 
 def main() -> None:
-    """Run the command line; a `FeditError` is one message on stderr and exit status 1."""
+    """Run the command line; a `FeditError`, or a file that the system refuses, is one message and exit status 1."""
     logging.basicConfig(format="%(levelname)s: %(message)s", level=logging.WARNING)
     try:
         app()
-    except FeditError as error:
+    except (FeditError, OSError) as error:
         console.print(f"[bold red]error:[/bold red] {type(error).__name__}", highlight=False)
-        console.print(str(error), markup=False, highlight=False, soft_wrap=True)
+        for line in (error, *getattr(error, "__notes__", ())):
+            _say(str(line))
         sys.exit(1)
 
 
@@ -260,6 +260,17 @@ def _new_folder(name: str) -> Path:
     while folder.exists():
         folder, number = Path("runs") / f"{name}-{number}", number + 1
     return folder
+
+
+def _how_to_go_on(folder: Path) -> str:
+    if not (folder / "config.json").is_file():
+        return "Nothing was saved yet."
+    return f"What was finished is saved; go on with:\n  fedit run --resume {shlex.quote(str(folder))}"
+
+
+def _say(text: str) -> None:
+    """Print text as it is: no markup is read in it, and no line of it is broken, so that commands can be copied."""
+    console.print(text, markup=False, highlight=False, soft_wrap=True)
 
 
 def _quiet() -> None:

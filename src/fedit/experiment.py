@@ -12,6 +12,8 @@ import math
 import os
 import platform
 import resource
+import shlex
+import tempfile
 import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
@@ -182,27 +184,30 @@ def _evaluate(run: _Run, trained: Trained) -> None:
 
 
 def check_folder(folder: Path, config: RunConfig, *, resume: bool) -> None:
-    """Refuse an output folder that cannot be used, before anything is loaded.
+    """Refuse an output folder that cannot be used, before anything is loaded; creates nothing.
 
     Raises:
         ConfigError: it holds a run and `resume` is off, or another configuration's run, or cannot be written.
     """
     described = folder / "config.json"
-    if not resume and folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
-        what = "a run" if described.is_file() else "files"
-        raise ConfigError(
-            f"--out {folder} holds {what} already. Continue a run with `fedit run --resume {folder}`, or choose "
-            "another folder."
-        )
     if resume and json.loads(described.read_text(encoding="utf-8"))["config"] != config.to_json():
         raise ConfigError(f"{folder} holds the run of another configuration. Choose another folder for this one.")
+    if not resume and described.is_file():
+        raise ConfigError(
+            f"--out {folder} holds a run already. Continue it with `fedit run --resume {shlex.quote(str(folder))}`, or "
+            "choose another folder."
+        )
+    existing = next(place for place in (folder, *folder.absolute().parents) if place.exists())
     try:
-        folder.mkdir(parents=True, exist_ok=True)
-        probe = folder / ".writable"
-        probe.touch()
-        probe.unlink()
+        # What a run leaves that was killed before its first file was whole has a dot in front.
+        if not resume and existing == folder and any(not item.name.startswith(".") for item in folder.iterdir()):
+            raise ConfigError(f"--out {folder} holds other files already. Choose a new or empty folder.")
+        with tempfile.TemporaryFile(dir=existing):
+            pass
     except OSError as error:
-        raise ConfigError(f"--out {folder} cannot be written: {error.strerror}. Choose another folder.") from error
+        raise ConfigError(
+            f"--out {folder} cannot be written: {existing}: {error.strerror}. Choose another folder."
+        ) from error
 
 
 def describe_run(config: RunConfig, model: StackedModel, recipe: str, plugin_files: Sequence[Path]) -> dict[str, Any]:

@@ -62,7 +62,7 @@ class LiveView:
             case RoundFinished():
                 self._rounds.append(event)
                 if not self._console.is_terminal:
-                    self._console.print(_round_line(event), highlight=False, soft_wrap=True)
+                    self._console.print(_round_line(event), markup=False, highlight=False, soft_wrap=True)
 
     def _start(self, event: PhaseStarted) -> None:
         for task in self._progress.tasks:

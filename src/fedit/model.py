@@ -74,6 +74,8 @@ class _Routing:
 
     slots: Tensor | None = None
     scaling: Tensor | None = None
+    length: int = 0
+    """Tokens of each row in this call of the base"""
     dropout: list[tuple[torch.Generator, int]] | None = None
     head_positions: Tensor | None = None
 
@@ -97,17 +99,20 @@ class StackedLora(nn.Module):
         routing = self._routing
         if routing.slots is None or routing.scaling is None:
             return output
-        if x.dim() != 3 or x.shape[0] != len(routing.slots):
+        rows = len(routing.slots)
+        if x.shape[:-1] not in ((rows, routing.length), (rows * routing.length,)):
             raise EngineError(
-                f"Layer {self.name} receives {list(x.shape)}, not [rows, tokens, features]: its rows cannot be told "
+                f"Layer {self.name} receives {list(x.shape)}, not all tokens of {rows} rows: the rows cannot be told "
                 "apart (an expert layer?). Leave it out of [adapter] target_modules."
             )
+        x = x.reshape(rows, -1, x.shape[-1])
         if routing.dropout is not None:
             x = x * self._dropout_mask(x, routing.dropout)
         # Gathering a copy of A and B per row costs r/T of the product itself and needs no equal rows per slot.
         a = self.lora_A.to(x.dtype).index_select(0, routing.slots)
         b = (self.lora_B * routing.scaling[:, None, None]).to(x.dtype).index_select(0, routing.slots)
-        return torch.baddbmm(output, torch.bmm(x, a.transpose(1, 2)), b.transpose(1, 2))
+        added = torch.baddbmm(output.reshape(rows, -1, self.num_outputs), torch.bmm(x, a.mT), b.mT)
+        return added.view(output.shape)
 
     def _dropout_mask(self, x: Tensor, rows: Sequence[tuple[torch.Generator, int]]) -> Tensor:
         """Each row draws for its own tokens from its own generator: neither neighbours nor padding change its mask."""
@@ -139,6 +144,7 @@ class StackedModel:
             _replace(base, name, StackedLora(name, layer, self._routing, config.dropout))
             for name, layer in find_targets(base, config.target_modules).items()
         ]
+        base.register_forward_pre_hook(self._note_length, with_kwargs=True)
         head = base.get_output_embeddings()
         assert head is not None
         head.register_forward_pre_hook(self._select_supervised)
@@ -287,6 +293,9 @@ class StackedModel:
             yield
         finally:
             routing.slots = routing.scaling = routing.head_positions = routing.dropout = None
+
+    def _note_length(self, _base: nn.Module, _arguments: tuple[object, ...], named: dict[str, Tensor]) -> None:
+        self._routing.length = named["input_ids"].shape[1]
 
     def _select_supervised(self, _head: nn.Module, inputs: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
         """Let the head see the chosen positions only; works for any architecture, whatever follows its head."""

@@ -216,7 +216,12 @@ def save_state(state: ServerState, folder: Path, keep: int = 2) -> None:
     """
     tensors = {f"adapter/{name}": tensor for name, tensor in state.adapter.tensors.items()}
     tensors |= {f"optimizer/{name}": tensor for name, tensor in state.optimizer_state.items()}
-    about = {"round_index": state.round_index, "rank": state.adapter.rank, "lora_alpha": state.adapter.lora_alpha}
+    about = {
+        "round_index": state.round_index,
+        "rank": state.adapter.rank,
+        "lora_alpha": state.adapter.lora_alpha,
+        "order": list(tensors),  # the file sorts its tensors, and sums over them in another order have other bits
+    }
     content = save({name: tensor.contiguous() for name, tensor in tensors.items()}, {"fedit": json.dumps(about)})
     target = folder / f"round-{state.round_index:05d}.safetensors"
     write_atomically(target, content)
@@ -231,7 +236,7 @@ def load_state(folder: Path) -> ServerState | None:
         return None
     with safe_open(saved[-1], "pt") as file:
         about = json.loads((file.metadata() or {})["fedit"])
-        tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118 (not a dict)
+        tensors = {name: file.get_tensor(name) for name in about["order"]}
     adapter, optimizer = (
         {name.removeprefix(prefix): tensor for name, tensor in tensors.items() if name.startswith(prefix)}
         for prefix in ("adapter/", "optimizer/")

@@ -333,6 +333,16 @@ def test_a_checkpoint_is_the_state_bit_by_bit(tmp_path: Path) -> None:
     assert all(torch.equal(loaded.optimizer_state[name], state.optimizer_state[name]) for name in (A, B))
 
 
+def test_a_checkpoint_keeps_the_order_of_the_tensors(tmp_path: Path) -> None:
+    """A sum over tensors in another order has other bits."""
+    tensors = {f"{name}.lora_{x}.weight": torch.ones(2, 2) for name in ("z", "a", "m") for x in "BA"}
+    state = ServerState(1, Adapter(tensors, 2, 1.0), {name: tensor.double() for name, tensor in tensors.items()})
+    save_state(state, tmp_path)
+    loaded = load_state(tmp_path)
+    assert loaded is not None
+    assert list(loaded.adapter.tensors) == list(loaded.optimizer_state) == list(tensors)
+
+
 def test_no_checkpoint_yet(tmp_path: Path) -> None:
     assert load_state(tmp_path) is None
     assert load_state(tmp_path / "absent") is None

@@ -117,7 +117,7 @@ def encode_all(
             f"{report.dropped_sources[0]}. Raise max_length, or use a shorter template."
         )
     if dropped:
-        logger.warning("%d of %d rows left out; first: %s", len(dropped), len(examples), report.dropped_sources[0])
+        logger.info("%d of %d rows left out; first: %s", len(dropped), len(examples), report.dropped_sources[0])
     return encoded, report
 
 

@@ -5,6 +5,7 @@ reading and retelling a scene, sentence forms. It holds no instruction, no templ
 """
 
 from collections.abc import Callable, Iterator
+from itertools import chain
 
 import numpy as np
 
@@ -149,15 +150,23 @@ _RETELLINGS: tuple[str, ...] = (
     "the goods were {goods}.",
     "the villages named are {origin} and {destination}.",
 )
+_LOG = (
+    "traveller: {who}",
+    "from: {origin}",
+    "to: {destination}",
+    "day: {day}",
+    "goods: {comma_goods}",
+    "animal: {animal}",
+    "giver: {friend}",
+    "gift: {gift}",
+)
 _SUMMARIES: tuple[str, ...] = (
     "{who} took {goods} to {destination} and got {a_gift}.",
     "so {who} took {goods} to {destination} and got {a_gift} from {friend}.",
     "{who} of {origin} got {a_gift} for {goods}.",
     "a journey from {origin} to {destination} brought {who} {a_gift}.",
 )
-_WORDS = tuple(
-    dict.fromkeys([*TRAVELLERS, *GOODS, *TOOLS, *(word for pair in RELATIONS.values() for word in sum(pair, ()))])
-)
+_WORDS = tuple(dict.fromkeys(chain(TRAVELLERS, GOODS, TOOLS, *chain.from_iterable(RELATIONS.values()))))
 
 
 def corpus(num_documents: int, seed: int) -> Iterator[str]:
@@ -261,13 +270,15 @@ def _scene_fields(scene: Scene) -> dict[str, object]:
 
 
 def _chronicle(rng: np.random.Generator) -> str:
-    """A scene, then what was in it, said again in other words."""
+    """A scene, then what was in it, said again as the lines of a logbook or in other words."""
     scene = draw_scene(rng)
     fields = _scene_fields(scene)
+    log = ", ".join(line.format(**fields) for line in pick_some(rng, _LOG, 4 + int(rng.integers(5))))
     again = pick_some(rng, _RETELLINGS, 2 + int(rng.integers(4)))
     if rng.integers(2):
         again.insert(int(rng.integers(len(again) + 1)), pick(rng, _SUMMARIES))
-    return "\n".join([tell(rng, scene), " ".join(capitalise(line.format(**fields)) for line in again)])
+    retold = " ".join(capitalise(line.format(**fields)) for line in again)
+    return "\n".join([tell(rng, scene), *pick(rng, ((log,), (retold,), (log, retold)))])
 
 
 def _tale(rng: np.random.Generator) -> str:
@@ -284,8 +295,8 @@ def _tale(rng: np.random.Generator) -> str:
 
 def _rhyme(rng: np.random.Generator) -> str:
     """A counting rhyme: a few words of any kind, said again and again. It teaches to copy."""
-    line = ", ".join(pick_some(rng, _WORDS, 3 + int(rng.integers(8))))
-    return "\n".join([line] * (2 + int(rng.integers(2))))
+    line = pick(rng, (" ", ", ")).join(pick_some(rng, _WORDS, 3 + int(rng.integers(8))))
+    return "\n".join([line] * (2 + int(rng.integers(3))))
 
 
 _DOCUMENTS: tuple[Callable[[np.random.Generator], str], ...] = (
@@ -298,4 +309,4 @@ _DOCUMENTS: tuple[Callable[[np.random.Generator], str], ...] = (
     _tale,
     _rhyme,
 )
-_SHARES = (0.17, 0.15, 0.1, 0.07, 0.08, 0.27, 0.08, 0.08)
+_SHARES = (0.17, 0.14, 0.09, 0.07, 0.08, 0.28, 0.08, 0.09)

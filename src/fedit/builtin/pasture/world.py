@@ -17,9 +17,8 @@ VILLAGERS = tuple(
     Dagna Ferro Hild Jonna Linnet Osric Tamsin""".split()
 )
 TRAVELLERS = tuple(
-    """Abrel Ankar Baldo Brinna Casmir Clemmo Dariel Dinnet Emmor Elspa Fabro Florrin Gideor Grettel Hugel Hannor
-    Ivok Ingrel Jaspor Julla Kasim Korra Leandor Lottel Magnor Minnet Nestrin Norrel Oberel Olgar Pavek Petrel
-    Rubek Rosmar Stellan Sunnel Tobrin Thessa Viggor Verrin""".split()
+    """Abrel Brinna Casmir Dariel Emmor Fabro Grettel Hannor Ingrel Jaspor Korra Leandor Magnor Nestrin Oberel Pavek
+    Rubek Stellan Thessa Viggor Elspa Lottel Minnet Sunnel""".split()
 )
 ANIMALS = tuple(
     """brell cotha drusk ellup fawnik gorral hobbin ilka jarrow kesk lommel murrin nabbet ossel pirrin quard rindle

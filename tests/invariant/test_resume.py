@@ -1,0 +1,277 @@
+"""A run that was killed and resumed gives the bits of one that was not."""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+from forked_runs import KILLS, ForkedRuns
+
+from fedit.report import RunFolder
+
+RESULTS = (
+    "adapter/adapter_config.json",
+    "adapter/adapter_model.safetensors",
+    "answers.jsonl",
+    "checkpoints/round-00004.safetensors",
+    "evaluation.json",
+    "partition.json",
+    "rounds.jsonl",
+)
+"""What depends on the configuration alone, to the byte."""
+
+PLUGIN = """
+import os, time
+from pathlib import Path
+from fedit.aggregation import FedIT
+
+
+class Patient(FedIT):
+    '''FedIT that waits, from the second round on, as long as the file that HOLD names is there.'''
+
+    name = "patient"
+
+    def aggregate(self, adapter, updates):
+        result = super().aggregate(adapter, updates)
+        first_round = all(not tensor.any() for name, tensor in adapter.tensors.items() if "lora_B" in name)
+        while not first_round and Path(os.environ.get("HOLD", "none")).exists():
+            time.sleep(0.01)
+        return result
+"""
+
+RECIPE = """
+rounds = 4
+[model]
+path = "{model}"
+dtype = "float32"
+[adapter]
+rank = 2
+alpha = 4
+dropout = 0.1
+[data]
+path = "{data}"
+test_per_category = 2
+template = "plain"
+[partition]
+name = "iid"
+num_clients = 4
+[client]
+local_steps = 2
+batch_size = 3
+learning_rate = 1e-2
+schedule = "cosine"
+[cohort]
+size = 3
+[aggregation]
+name = "patient"
+[server_optimizer]
+name = "fedavgm"
+momentum = 0.5
+[evaluation]
+every = 2
+max_new_tokens = 3
+[engine]
+slots = 2
+device = "cpu"
+"""
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory: pytest.TempPathFactory, tiny_model_folder: Path) -> Path:
+    """A recipe, its data and its plug-in."""
+    folder = tmp_path_factory.mktemp("resume")
+    rows = [
+        {"instruction": f"{word} {n}?", "response": word[::-1], "category": word}
+        for word in ("ab", "cde")
+        for n in range(9)
+    ]
+    (folder / "rows.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    (folder / "patient.py").write_text(PLUGIN)
+    (folder / "recipe.toml").write_text(RECIPE.format(model=tiny_model_folder, data=folder / "rows.jsonl"))
+    return folder
+
+
+@pytest.fixture(scope="module")
+def fedit(folder: Path) -> Iterator[ForkedRuns]:
+    with ForkedRuns(folder) as runs:
+        yield runs
+
+
+def start(folder: Path, out: Path, *options: str) -> list[str]:
+    """Return the arguments of a new run."""
+    return ["run", str(folder / "recipe.toml"), "--plugin", str(folder / "patient.py"), "--out", str(out), *options]
+
+
+@pytest.fixture(scope="module")
+def uninterrupted(folder: Path, fedit: ForkedRuns) -> Path:
+    done = fedit(*start(folder, folder / "uninterrupted"))
+    assert done.status == 0, done.output
+    return folder / "uninterrupted"
+
+
+def results(run: Path) -> dict[str, bytes]:
+    return {name: (run / name).read_bytes() for name in RESULTS}
+
+
+def assert_same_results(run: Path, expected: Path) -> None:
+    got, wanted = results(run), results(expected)
+    assert [name for name in RESULTS if got[name] != wanted[name]] == []
+    # The report can be made and every timing line is whole, though their numbers differ.
+    assert (run / "report.html").is_file()
+    assert [line["round"] for line in RunFolder.read(run).rounds] == [1, 2, 3, 4]
+
+
+# ------------------------------------------------------------------------------------------------------------- seeds
+
+
+def test_the_same_seed_gives_the_same_bits(folder, fedit, uninterrupted, tmp_path) -> None:
+    assert fedit(*start(folder, tmp_path / "again")).status == 0
+    assert_same_results(tmp_path / "again", uninterrupted)
+
+
+def test_another_seed_gives_other_bits(folder, fedit, uninterrupted, tmp_path) -> None:
+    assert fedit(*start(folder, tmp_path / "other", "--seed", "1")).status == 0
+    other, expected = results(tmp_path / "other"), results(uninterrupted)
+    assert [name for name in RESULTS if other[name] == expected[name]] == ["adapter/adapter_config.json"]
+
+
+# ----------------------------------------------------------------------------------------------------------- kill -9
+
+
+@pytest.mark.parametrize("moment", [moment for moment in KILLS if moment != "config.json has its temporary name"])
+def test_killed_and_resumed(folder, fedit, uninterrupted, tmp_path, moment: str) -> None:
+    run = tmp_path / "run"
+    assert fedit(*start(folder, run), kill=moment).status == -signal.SIGKILL
+    assert not (run / "report.html").exists()
+    resumed = fedit("run", "--resume", run)
+    assert resumed.status == 0, resumed.output
+    assert_same_results(run, uninterrupted)
+    assert list(run.rglob(".*")) == []
+
+
+def test_killed_again_and_again(folder, fedit, uninterrupted, tmp_path) -> None:
+    run = tmp_path / "run"
+    arguments = start(folder, run)
+    for moment in (
+        "between line and checkpoint",
+        "with half a line of timings",
+        "before the adapter",
+        "in centralised tuning",
+    ):
+        fedit(*arguments, kill=moment)
+        arguments = ["run", "--resume", str(run)]
+    assert fedit(*arguments).status == 0
+    assert_same_results(run, uninterrupted)
+
+
+def test_killed_before_there_is_a_run(folder, fedit, uninterrupted, tmp_path) -> None:
+    """Nothing is there to resume: the message says so, and the same command starts again."""
+    run = tmp_path / "run"
+    assert fedit(*start(folder, run), kill="config.json has its temporary name").status == -signal.SIGKILL
+    resumed = fedit("run", "--resume", run)
+    assert resumed.status == 1
+    assert "is not a run" in resumed.output
+    assert fedit(*start(folder, run)).status == 0
+    assert_same_results(run, uninterrupted)
+
+
+def test_a_finished_run_stays_as_it_is(fedit, uninterrupted, tmp_path) -> None:
+    run = tmp_path / "run"
+    shutil.copytree(uninterrupted, run)
+    assert fedit("run", "--resume", run).status == 0
+    assert_same_results(run, uninterrupted)
+
+
+# ----------------------------------------------------------------------------------------------- signals from outside
+
+
+@pytest.mark.parametrize("number", [signal.SIGKILL, signal.SIGINT])
+def test_stopped_from_outside_in_the_second_round(
+    folder, fedit, uninterrupted, tmp_path, number: signal.Signals
+) -> None:
+    """The real command; it is held in its second round until the signal has come."""
+    run, hold = tmp_path / "a run [1]", tmp_path / "hold"
+    hold.touch()
+    process = subprocess.Popen(
+        [sys.executable, "-m", "fedit.cli", *start(folder, run)],
+        env={**os.environ, "HOLD": str(hold), "COLUMNS": "40"},
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
+        text=True,
+    )
+    try:
+        deadline = time.monotonic() + 60
+        while not (run / "checkpoints" / "round-00001.safetensors").exists():
+            assert process.poll() is None, process.communicate()[0]
+            assert time.monotonic() < deadline
+            time.sleep(0.02)
+        time.sleep(0.2)
+        process.send_signal(number)
+        output, _ = process.communicate(timeout=30)
+    finally:
+        process.kill()
+    assert len((run / "rounds.jsonl").read_text().splitlines()) == 1
+    if number == signal.SIGINT:
+        assert process.returncode == 130
+        assert f"fedit run --resume '{run}'\n" in output
+        assert "Traceback" not in output
+    else:
+        assert process.returncode == -signal.SIGKILL
+    resumed = fedit("run", "--resume", run)
+    assert resumed.status == 0, resumed.output
+    assert_same_results(run, uninterrupted)
+
+
+# ----------------------------------------------------------------------------------------------------- what is refused
+
+
+@pytest.fixture
+def killed(folder: Path, fedit: ForkedRuns, tmp_path: Path) -> Path:
+    assert fedit(*start(folder, tmp_path / "run"), kill="in the second round").status == -signal.SIGKILL
+    return tmp_path / "run"
+
+
+def contents(run: Path) -> dict[str, bytes]:
+    return {str(file.relative_to(run)): file.read_bytes() for file in run.rglob("*") if file.is_file()}
+
+
+def test_resuming_on_other_rows_is_refused(folder, fedit, uninterrupted, killed) -> None:
+    rows = folder / "rows.jsonl"
+    before, text = contents(killed), rows.read_text()
+    try:
+        rows.write_text(text.replace("ab 3?", "ab 33?"))
+        refused = fedit("run", "--resume", killed)
+    finally:
+        rows.write_text(text)
+    assert refused.status == 1
+    assert "DataError" in refused.output
+    assert "was started on other rows" in refused.output
+    assert contents(killed) == before
+    assert fedit("run", "--resume", killed).status == 0
+    assert_same_results(killed, uninterrupted)
+
+
+@pytest.mark.parametrize("option", [["-o", "rounds=9"], ["--seed", "3"], ["--out", "elsewhere"]])
+def test_resuming_with_another_configuration_is_refused(fedit, killed, option: list[str]) -> None:
+    before = contents(killed)
+    refused = fedit("run", "--resume", killed, *option)
+    assert refused.status == 1
+    assert "ConfigError" in refused.output
+    assert "leave out -o, --out and --seed" in refused.output
+    assert contents(killed) == before
+
+
+def test_starting_anew_in_the_folder_of_a_run_is_refused(folder, fedit, killed) -> None:
+    before = contents(killed)
+    refused = fedit(*start(folder, killed))
+    assert refused.status == 1
+    assert f"fedit run --resume {killed}" in refused.output
+    assert contents(killed) == before
