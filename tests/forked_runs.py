@@ -6,12 +6,14 @@ The imports take seconds and a tiny run less than one, so one process imports ev
 
 from __future__ import annotations
 
+import importlib
 import json
 import os
 import signal
 import subprocess
 import sys
-from collections.abc import Callable, Sequence
+import traceback
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -84,7 +86,7 @@ def _at_progress(phase: str, number: int) -> Callable[[], None]:
 
 
 def _before(function: str, applies: Callable[..., bool], *, half: bool = False) -> Callable[[], None]:
-    """Die instead of the first call of `fedit.experiment.<function>` that `applies`; `half`: with half a line written."""
+    """Die in place of the first call of an `experiment` function that `applies`; `half`: with half a line written."""
 
     def install() -> None:
         from fedit import experiment
@@ -152,18 +154,13 @@ def _run(job: dict[str, Any]) -> None:
     os.dup2(output, 2)
     if job["kill"]:
         KILLS[job["kill"]]()
-    sys.argv = ["fedit", *job["arguments"]]
-    cli.main()
+    cli.main(job["arguments"])
 
 
 def _serve() -> None:
     # Everything a run imports, and nothing that starts threads: a fork copies one thread only.
-    import transformers.models.llama.modeling_llama
-
-    import fedit.chat
-    import fedit.cli
-    import fedit.experiment
-    import fedit.live  # noqa: F401
+    for module in ("transformers.models.llama.modeling_llama", "fedit.cli", "fedit.experiment", "fedit.live"):
+        importlib.import_module(module)
     from fedit.config import load_plugins
 
     load_plugins()
@@ -176,15 +173,14 @@ def _serve() -> None:
                 status = 0
             except SystemExit as end:
                 status = end.code if isinstance(end.code, int) else int(end.code is not None)
-            except BaseException:
-                import traceback
-
+            except BaseException:  # noqa: BLE001 (whatever it is, it must not go on in the parent's loop)
                 traceback.print_exc()
             sys.stdout.flush()
             sys.stderr.flush()
             os._exit(status)
         _, status = os.waitpid(process, 0)
-        print(os.waitstatus_to_exitcode(status), flush=True)
+        sys.stdout.write(f"{os.waitstatus_to_exitcode(status)}\n")
+        sys.stdout.flush()
 
 
 if __name__ == "__main__":

@@ -64,7 +64,9 @@ def load_base(config: ModelConfig, device: torch.device) -> PreTrainedModel:
     """Load the base frozen, in evaluation mode, on `device`; raise EngineError that says what is missing."""
     dtype = resolve_dtype(config.dtype, device)
     try:
-        base = AutoModelForCausalLM.from_pretrained(resolve_path(config.path), dtype=dtype)
+        # The fused attention kernels of the CPU train a small model at two thirds of the speed of plain products.
+        attention = {"attn_implementation": "eager"} if device.type == "cpu" else {}
+        base = AutoModelForCausalLM.from_pretrained(resolve_path(config.path), dtype=dtype, **attention)
     except (OSError, ValueError) as error:
         raise EngineError(_not_loaded(config.path, "weights", error)) from error
     base.requires_grad_(False)

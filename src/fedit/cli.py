@@ -7,12 +7,14 @@ import logging
 import os
 import shlex
 import sys
+from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
 from cyclopts import App, Parameter
 from rich.console import Console
 from rich.table import Table
+from rich.text import Text
 
 from fedit.config import RunConfig, load_config, load_plugins, parse_config
 from fedit.interfaces import ConfigError, FeditError, plugin_kinds, plugins
@@ -37,7 +39,7 @@ AsJson = Annotated[bool, Parameter(name="--json", negative="", help="Print the r
 
 @app.command
 def run(
-    recipe: str = "default",
+    recipe: str | None = None,
     /,
     *,
     override: Overrides = None,
@@ -49,12 +51,13 @@ def run(
 ) -> None:
     """Run the experiment: base, local-only, centralised and federated, evaluated and reported.
 
-    RECIPE is a TOML file or the name of a shipped recipe.
+    RECIPE is a TOML file or the name of a shipped recipe; without one it is "default".
     """
     if resume is not None:
-        config, recipe, plugin = _resumed(resume, override, plugin, out, seed)
+        config, recipe, plugin = _resumed(resume, recipe, override, plugin, out, seed)
         folder = resume
     else:
+        recipe = recipe or "default"
         config = _load(recipe, override, plugin, seed)
         folder = out or _new_folder(Path(recipe).stem)
     _quiet()
@@ -183,7 +186,7 @@ def list_plugins(*, plugin: PluginFiles = None, as_json: AsJson = False) -> None
     for kind in plugin_kinds():
         for name, member in sorted(plugins(kind).items()):
             fields = {
-                key: "required" if field.is_required() else field.get_default()
+                key: "required" if field.is_required() else field.get_default(call_default_factory=True)
                 for key, field in member.model_fields.items()
             }
             what = (member.__doc__ or "").strip().partition("\n")[0]
@@ -196,15 +199,18 @@ def list_plugins(*, plugin: PluginFiles = None, as_json: AsJson = False) -> None
         table.add_column(header)
     for item in listed:
         shown = ", ".join(f"{key} = {value}" for key, value in item["parameters"].items())
-        table.add_row(item["kind"], item["name"], shown, item["description"])
+        table.add_row(*map(Text, (item["kind"], item["name"], shown, item["description"])))
     Console().print(table)
 
 
-def main() -> None:
-    """Run the command line; a `FeditError`, or a file that the system refuses, is one message and exit status 1."""
+def main(arguments: Sequence[str] | None = None) -> None:
+    """Run the command line; a `FeditError`, or a file that the system refuses, is one message and exit status 1.
+
+    `arguments` are those of the process where they are left out.
+    """
     logging.basicConfig(format="%(levelname)s: %(message)s", level=logging.WARNING)
     try:
-        app()
+        app(arguments)
     except (FeditError, OSError) as error:
         console.print(f"[bold red]error:[/bold red] {type(error).__name__}", highlight=False)
         for line in (error, *getattr(error, "__notes__", ())):
@@ -221,11 +227,18 @@ def _load(recipe: str, override: list[str] | None, plugin: list[Path] | None, se
 
 
 def _resumed(
-    folder: Path, override: list[str] | None, plugin: list[Path] | None, out: Path | None, seed: int | None
+    folder: Path,
+    recipe: str | None,
+    override: list[str] | None,
+    plugin: list[Path] | None,
+    out: Path | None,
+    seed: int | None,
 ) -> tuple[RunConfig, str, list[Path] | None]:
     """Return what `folder` was started with; nothing but the rest of the run may be asked for."""
-    if override or out is not None or seed is not None:
-        raise ConfigError("--resume goes on with the run as it was configured: leave out -o, --out and --seed.")
+    if recipe is not None or override or out is not None or seed is not None:
+        raise ConfigError(
+            "--resume goes on with the run as it was configured: leave out the recipe, -o, --out and --seed."
+        )
     described = _described(folder)
     plugin = plugin or [Path(file) for file in described.get("plugin_files", [])]
     load_plugins(plugin)
@@ -283,7 +296,7 @@ def _quiet() -> None:
 
 
 def _print_json(value: Any) -> None:
-    print(json.dumps(value, indent=2, ensure_ascii=False))
+    print(json.dumps(value, indent=2, ensure_ascii=False, default=str))
 
 
 if __name__ == "__main__":

@@ -10,7 +10,7 @@ from typing import Any
 from fedit.base import context_length, load_tokenizer
 from fedit.config import RunConfig
 from fedit.data import EncodingReport, encode_all, load_examples
-from fedit.interfaces import ConfigError, EncodedExample, derive_rng
+from fedit.interfaces import ConfigError, DataError, EncodedExample, derive_rng
 from fedit.partition import partition_statistics
 from fedit.server import never_sampled
 
@@ -58,6 +58,8 @@ def prepare_data(config: RunConfig) -> FederatedData:
         summary["clients"][client]["tokens"] = sum(len(example) for example in examples)
     categories = [example.example.category for example in test]
     summary["test"] = {category: categories.count(category) for category in dict.fromkeys(categories)}
+    if "all" in summary["test"]:
+        raise DataError("A category is named 'all', which stands for the whole test set. Rename it in the data.")
     summary["encoding"] = {"train": _counts(train_report), "test": _counts(test_report)}
     summary["never_sampled"] = never_sampled(config, list(clients))
     summary["fingerprint"] = _fingerprint([*clients.values(), test])

@@ -259,13 +259,13 @@ def test_resuming_on_other_rows_is_refused(folder, fedit, uninterrupted, killed)
     assert_same_results(killed, uninterrupted)
 
 
-@pytest.mark.parametrize("option", [["-o", "rounds=9"], ["--seed", "3"], ["--out", "elsewhere"]])
+@pytest.mark.parametrize("option", [["-o", "rounds=9"], ["--seed", "3"], ["--out", "elsewhere"], ["dolly"]])
 def test_resuming_with_another_configuration_is_refused(fedit, killed, option: list[str]) -> None:
     before = contents(killed)
     refused = fedit("run", "--resume", killed, *option)
     assert refused.status == 1
     assert "ConfigError" in refused.output
-    assert "leave out -o, --out and --seed" in refused.output
+    assert "leave out the recipe, -o, --out and --seed" in refused.output
     assert contents(killed) == before
 
 
