@@ -80,7 +80,7 @@ def _at_progress(phase: str, number: int) -> Callable[[], None]:
                 _die()
             shown(self, event)
 
-        LiveView.__call__ = call  # type: ignore[method-assign]
+        LiveView.__call__ = call
 
     return install
 

@@ -123,8 +123,9 @@ def partition(
     data = _prepare(config)
     if out is not None:
         from fedit.report.plots import partition_figure
+        from fedit.report.svg import standalone_svg
 
-        out.write_text(str(partition_figure(data.summary)), encoding="utf-8")
+        out.write_text(standalone_svg(str(partition_figure(data.summary))), encoding="utf-8")
         _say(f"Picture: {out}")
     if as_json:
         _print_json(data.summary)

@@ -227,7 +227,8 @@ def poison(monkeypatch: pytest.MonkeyPatch) -> Callable[[str], None]:
     def install(character: str) -> None:
         def token_losses(self: StackedModel, batch: Batch) -> tuple[torch.Tensor, torch.Tensor]:
             losses, row = measured(self, batch)
-            poisoned = (batch.input_ids == self.tokenizer.convert_tokens_to_ids(character)).any(dim=1)
+            (token,) = self.tokenizer.encode(character, add_special_tokens=False)
+            poisoned = batch.input_ids.eq(token).any(dim=1)
             if torch.is_grad_enabled():
                 losses = losses * torch.ones_like(losses).masked_fill(poisoned[row], float("nan"))
             return losses, row

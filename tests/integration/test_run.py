@@ -8,7 +8,7 @@ import sys
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
-from xml.etree import ElementTree
+from xml.etree import ElementTree as ET
 
 import numpy as np
 import pytest
@@ -112,7 +112,7 @@ def assert_equal_budgets(run: Path) -> None:
 
 
 def test_local_steps_and_a_sampled_cohort(fedit, recipe, tmp_path) -> None:
-    """Two of six clients in each of two rounds leave at least two that were never drawn; they are named and baselined."""
+    """Two of six clients in each of two rounds leave two or more that were never drawn: named, and baselined too."""
     run = tmp_path / "run"
     options = ["-o", "partition.num_clients=6", "-o", "cohort.size=2", "-o", "client.local_steps=3", "--seed", "4"]
     done = fedit("run", recipe, "--out", run, *options)
@@ -277,7 +277,7 @@ def test_adapter_and_merged_model_load_elsewhere_and_answer_alike(fedit, recipe,
     tensors = load_file(run / "adapter" / "adapter_model.safetensors")
     a, b = (tensors[f"base_model.model.{layer}.lora_{x}.weight"] for x in "AB")
     plain = AutoModelForCausalLM.from_pretrained(tiny_model_folder, dtype=torch.float32)
-    added = merged_model.get_submodule(layer).weight - plain.get_submodule(layer).weight
+    added = merged_model.get_parameter(f"{layer}.weight") - plain.get_parameter(f"{layer}.weight")
     torch.testing.assert_close(added, 2 * b @ a, rtol=1e-4, atol=1e-6)
 
 
@@ -366,9 +366,13 @@ def test_partition(fedit, recipe, tmp_path) -> None:
     summary = json.loads(done.stdout)
     assert sum(client["rows"] for client in summary["clients"].values()) == 20
     assert summary["test"] == {"ab": 2, "cde": 2}
-    picture = ElementTree.parse(tmp_path / "x.svg").getroot()
+    picture = ET.parse(tmp_path / "x.svg").getroot()
     assert picture.tag == "{http://www.w3.org/2000/svg}svg"
-    assert "var(" not in (tmp_path / "x.svg").read_text(), "colours of the report's page are unknown outside it"
+    text = (tmp_path / "x.svg").read_text()
+    assert "var(" not in text, "the colours of the report's page are unknown outside it"
+    assert {"ab", "cde"} <= {element.text for element in picture.iter() if element.tag.endswith("text")}
+    assert float(picture.attrib["width"].removesuffix("pt")) > 100
+    assert "xlink:" not in text
 
 
 def test_partition_into_a_folder_that_is_not_there(fedit, recipe, tmp_path) -> None:

@@ -156,13 +156,13 @@ def broken(change: Callable[[dict[str, Tensor]], dict[str, Tensor]], **fields: o
     def answer(task: ClientTask) -> ClientUpdate:
         update = good(task)
         tensors = change(dict(update.update.tensors))
-        return replace(update, update=replace(update.update, tensors=tensors, **fields))  # type: ignore[arg-type]
+        return replace(update, update=replace(update.update, tensors=tensors, **fields))
 
     return answer
 
 
 def counted(**fields: object) -> Answer:
-    return lambda task: replace(good(task), **fields)  # type: ignore[arg-type]
+    return lambda task: replace(good(task), **fields)
 
 
 FAILURES: dict[str, tuple[Answer, str]] = {

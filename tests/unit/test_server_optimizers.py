@@ -35,7 +35,7 @@ def test_fedavgm_by_hand() -> None:
 
 
 def test_fedavgm_steps_grow_to_one_over_one_minus_momentum() -> None:
-    optimizer, adapter, state = FedAvgM(momentum=0.9), START, {}
+    optimizer, adapter, before, state = FedAvgM(momentum=0.9), START, START, {}
     for _ in range(200):
         before = adapter
         adapter, state = optimizer.apply(adapter, step(1, 0), state)

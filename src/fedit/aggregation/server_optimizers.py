@@ -41,8 +41,8 @@ class FedAvgM(ServerOptimizer):
     """
 
     name: ClassVar[str] = "fedavgm"
-    momentum: float = Field(0.9, ge=0, lt=1)
-    learning_rate: float = Field(1.0, gt=0)
+    momentum: float = Field(default=0.9, ge=0, lt=1)
+    learning_rate: float = Field(default=1.0, gt=0)
 
     def apply(
         self, adapter: Adapter, delta: Mapping[str, Tensor], state: Mapping[str, Tensor]

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib.resources
 import io
 import re
 import warnings
@@ -86,3 +87,16 @@ def inline_svg(figure: Figure, name: str, label: str) -> Markup:
     for variable, stand_in in COLOURS.items():
         body = body.replace(stand_in, f"var(--{variable})")
     return Markup(f'<svg role="img" aria-label="{escape(label)}" viewBox="{opening[1]}">{body}')
+
+
+def standalone_svg(svg: str) -> str:
+    """Return an inline SVG as the content of a file: with namespace, size, background and the page's light colours."""
+    css = importlib.resources.files("fedit.report").joinpath("report.css").read_text(encoding="utf-8")
+    light = dict(re.findall(r"--(\w+): (#\w+);", css.partition("@media")[0]))
+    svg = re.sub(r"var\(--(\w+)\)", lambda variable: light[variable[1]], svg)
+    width, height = svg.partition('viewBox="')[2].partition('"')[0].split()[2:]
+    opening = (
+        f'<svg xmlns="http://www.w3.org/2000/svg" width="{width}pt" height="{height}pt" '
+        f'style="background: {light["card"]}" '
+    )
+    return '<?xml version="1.0" encoding="UTF-8"?>\n' + svg.replace("<svg ", opening, 1)

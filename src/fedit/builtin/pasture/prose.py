@@ -134,6 +134,7 @@ _RETELLINGS: tuple[str, ...] = (
     "the village that {who} came from is {origin}.",
     "{who} came from {origin}.",
     "where {who} came from is {origin}.",
+    "the village that {who} left is {origin}.",
     "the village that {who} went to is {destination}.",
     "where {who} went is {destination}.",
     "the day on which {who} travelled is {day}.",
@@ -273,7 +274,7 @@ def _chronicle(rng: np.random.Generator) -> str:
     """A scene, then what was in it, said again as the lines of a logbook or in other words."""
     scene = draw_scene(rng)
     fields = _scene_fields(scene)
-    log = ", ".join(line.format(**fields) for line in pick_some(rng, _LOG, 4 + int(rng.integers(5))))
+    log = ", ".join(line.format(**fields) for line in pick_some(rng, _LOG, len(_LOG) - int(rng.integers(4))))
     again = pick_some(rng, _RETELLINGS, 2 + int(rng.integers(4)))
     if rng.integers(2):
         again.insert(int(rng.integers(len(again) + 1)), pick(rng, _SUMMARIES))
