@@ -16,7 +16,7 @@ from pathlib import Path
 
 import numpy as np
 import torch
-from tokenizers import Regex, Tokenizer, decoders, models, normalizers, pre_tokenizers, processors, trainers
+from tokenizers import Regex, Tokenizer, decoders, models, normalizers, pre_tokenizers, trainers
 from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
 from fedit.builtin.pasture import corpus, generate
@@ -136,9 +136,7 @@ def language_loss(model: LlamaForCausalLM, ids: torch.Tensor) -> torch.Tensor:
         return model(input_ids=ids, labels=ids).loss
 
 
-def blocks(
-    tokenizer: PreTrainedTokenizerFast, arguments: argparse.Namespace, seed: int
-) -> Iterator[torch.Tensor]:
+def blocks(tokenizer: PreTrainedTokenizerFast, arguments: argparse.Namespace, seed: int) -> Iterator[torch.Tensor]:
     """Yield int64 [batch, length] blocks of an endless stream `<s> document </s> <s> document </s> ...`."""
     documents, buffer = corpus(2**62, seed), []
     wanted = arguments.batch * arguments.length

@@ -42,7 +42,7 @@ class ForkedRuns:
         return self
 
     def __exit__(self, *error: object) -> None:
-        self._process.communicate(timeout=60)
+        self._process.communicate(timeout=300)
 
     def __call__(self, *arguments: str | Path, kill: str = "") -> Finished:
         """Run ``fedit <arguments>``; `kill` names the moment (`KILLS`) at which it kills itself."""

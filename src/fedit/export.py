@@ -3,6 +3,9 @@
 from __future__ import annotations
 
 import json
+import shutil
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 
 from peft import LoraConfig, PeftModel, TaskType
@@ -12,7 +15,7 @@ from transformers import AutoModelForCausalLM
 from fedit.base import load_tokenizer, resolve_path
 from fedit.config import RunConfig
 from fedit.files import write_atomically
-from fedit.interfaces import Adapter, EngineError
+from fedit.interfaces import Adapter, EngineError, FeditError
 from fedit.model import StackedModel
 
 PEFT_PREFIX = "base_model.model."
@@ -32,8 +35,9 @@ def save_adapter(adapter: Adapter, config: RunConfig, model: StackedModel, folde
     ).to_dict()
     described["target_modules"] = sorted(described["target_modules"])
     tensors = {PEFT_PREFIX + name: tensor.contiguous() for name, tensor in adapter.tensors.items()}
-    folder.mkdir(parents=True, exist_ok=True)
-    model.tokenizer.save_pretrained(folder)
+    with _refusals(folder):
+        folder.mkdir(parents=True, exist_ok=True)
+        model.tokenizer.save_pretrained(folder)
     text = json.dumps(described, indent=2, sort_keys=True, default=str)
     write_atomically(folder / "adapter_config.json", text.encode())
     write_atomically(folder / "adapter_model.safetensors", save(tensors, {"format": "pt"}))
@@ -46,13 +50,31 @@ def save_merged(adapter_folder: Path, target: Path, base_path: str) -> None:
 
     Raises:
         EngineError: there is no adapter in `adapter_folder`, or `target` is not empty.
+        FeditError: `target` cannot be written (disk full, ...); nothing is left of it then.
     """
     if not (adapter_folder / "adapter_config.json").is_file():
         raise EngineError(f"{adapter_folder} holds no adapter. The run writes it when its last round is done.")
-    if target.exists() and any(target.iterdir()):
-        raise EngineError(f"{target} is not empty. Give a new folder.")
+    if target.exists() and not (target.is_dir() and not any(target.iterdir())):
+        raise EngineError(f"{target} exists and is no empty folder. Give a new one.")
     base = AutoModelForCausalLM.from_pretrained(resolve_path(base_path), dtype="auto")
     dtype = base.dtype
     merged = PeftModel.from_pretrained(base.float(), adapter_folder).merge_and_unload()
-    merged.to(dtype).save_pretrained(target)
-    load_tokenizer(str(adapter_folder)).save_pretrained(target)
+    partial = target.with_name(f".{target.name}.partial")
+    try:
+        with _refusals(target):
+            shutil.rmtree(partial, ignore_errors=True)
+            partial.mkdir(parents=True)
+            merged.to(dtype).save_pretrained(partial)
+            load_tokenizer(str(adapter_folder)).save_pretrained(partial)
+            partial.replace(target)
+    finally:
+        shutil.rmtree(partial, ignore_errors=True)
+
+
+@contextmanager
+def _refusals(folder: Path) -> Iterator[None]:
+    """Turn what writing into `folder` raises into a `FeditError`."""
+    try:
+        yield
+    except Exception as error:  # tokenizers raises a bare Exception where the disk is full, safetensors one of its own
+        raise FeditError(f"{folder} could not be written: {error}. Make room or mend the permissions.") from error

@@ -72,7 +72,7 @@ class LiveView:
         self._progress.add_task(title, total=event.total, rate="")
         if not self._console.is_terminal:
             unit = "models" if event.phase == "evaluation" else "tokens"
-            self._console.print(f"{title}: {event.total:,} {unit}", highlight=False)
+            self._console.print(f"{title}: {event.total:,} {unit}", highlight=False, soft_wrap=True)
 
     def _advance(self, amount: int) -> None:
         assert self._phase is not None

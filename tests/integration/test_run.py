@@ -3,9 +3,13 @@
 from __future__ import annotations
 
 import json
+import os
 import re
+import resource
+import shutil
 import sys
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 from xml.etree import ElementTree as ET
@@ -291,6 +295,44 @@ def test_exporting_does_not_overwrite(fedit, finished, tmp_path) -> None:
         assert str(tmp_path / target) in done.stderr
     assert [path.name for path in (tmp_path / "full").iterdir()] == ["thesis.txt"]
     assert (tmp_path / "file").read_text() == "precious"
+
+
+@contextmanager
+def small_files(num_bytes: int) -> Iterator[None]:
+    """Let no file of this process grow beyond `num_bytes`: writing fails half-way, as on a full disk."""
+    limit = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (num_bytes, limit[1]))
+    try:
+        yield
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, limit)
+
+
+def test_exporting_to_a_full_disk_leaves_nothing(fedit, finished, tmp_path) -> None:
+    merged = tmp_path / "exported" / "merged"
+    with small_files(3000):
+        done = fedit("export", finished, "--merged", merged)
+    assert done.status == 1
+    assert f"{merged} could not be written" in done.stderr
+    assert "File too large" in done.stderr
+    assert list(merged.parent.iterdir()) == []
+    assert fedit("export", finished, "--merged", merged).status == 0
+
+
+def test_a_disk_that_is_full_at_the_adapter(fedit, finished) -> None:
+    expected = (finished / "adapter" / "adapter_model.safetensors").read_bytes()
+    shutil.rmtree(finished / "adapter")
+    (finished / "report.html").unlink()
+    for limit, file in ((3000, ""), (9000, "/adapter_model.safetensors"), (20_000, "/../report.html")):
+        with small_files(limit):
+            done = fedit("run", "--resume", finished)
+        assert done.status == 1
+        path = os.path.normpath(f"{finished / 'adapter'}{file}")
+        assert f"{path} could not be written: " in done.stderr
+        assert not Path(path).is_file()
+        assert f"fedit run --resume {finished}" in done.stderr
+    assert fedit("run", "--resume", finished).status == 0
+    assert (finished / "adapter" / "adapter_model.safetensors").read_bytes() == expected
 
 
 def test_exporting_an_unfinished_run(fedit, finished, tmp_path) -> None:

@@ -193,41 +193,54 @@ def test_a_finished_run_stays_as_it_is(fedit, uninterrupted, tmp_path) -> None:
 # ----------------------------------------------------------------------------------------------- signals from outside
 
 
-@pytest.mark.parametrize("number", [signal.SIGKILL, signal.SIGINT])
-def test_stopped_from_outside_in_the_second_round(
-    folder, fedit, uninterrupted, tmp_path, number: signal.Signals
-) -> None:
-    """The real command; it is held in its second round until the signal has come."""
-    run, hold = tmp_path / "a run [1]", tmp_path / "hold"
+COMMAND = """
+import signal, sys
+from fedit.cli import main
+signal.signal(signal.SIGINT, signal.default_int_handler)  # a shell has its background jobs ignore it
+main(sys.argv[1:])
+"""
+
+
+@pytest.fixture
+def held(folder: Path, tmp_path: Path) -> Iterator[dict[Path, subprocess.Popen[str]]]:
+    """Two runs as commands of their own, in their second round until they are stopped."""
+    hold = tmp_path / "hold"
     hold.touch()
-    process = subprocess.Popen(
-        [sys.executable, "-m", "fedit.cli", *start(folder, run)],
-        env={**os.environ, "HOLD": str(hold), "COLUMNS": "40"},
-        stdout=subprocess.PIPE,
-        stderr=subprocess.STDOUT,
-        text=True,
-    )
+    environment = {**os.environ, "HOLD": str(hold), "COLUMNS": "40"}
+    processes = {}
+    for run in (tmp_path / "killed", tmp_path / "an interrupted [1]"):
+        command = [sys.executable, "-c", COMMAND, *start(folder, run)]
+        processes[run] = subprocess.Popen(
+            command, env=environment, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True
+        )
     try:
         deadline = time.monotonic() + 300
-        while not (run / "checkpoints" / "round-00001.safetensors").exists():
-            assert process.poll() is None, process.communicate()[0]
-            assert time.monotonic() < deadline
-            time.sleep(0.02)
-        time.sleep(0.2)
-        process.send_signal(number)
-        output, _ = process.communicate(timeout=120)
+        for run, process in processes.items():
+            while not (run / "checkpoints" / "round-00001.safetensors").exists():
+                assert process.poll() is None, process.communicate()[0]
+                assert time.monotonic() < deadline
+                time.sleep(0.02)
+        yield processes
     finally:
-        process.kill()
-    assert len((run / "rounds.jsonl").read_text().splitlines()) == 1
-    if number == signal.SIGINT:
-        assert process.returncode == 130
-        assert f"fedit run --resume '{run}'\n" in output
-        assert "Traceback" not in output
-    else:
-        assert process.returncode == -signal.SIGKILL
-    resumed = fedit("run", "--resume", run)
-    assert resumed.status == 0, resumed.output
-    assert_same_results(run, uninterrupted)
+        for process in processes.values():
+            process.kill()
+
+
+def test_stopped_from_outside_in_the_second_round(fedit, uninterrupted, held) -> None:
+    outputs = {}
+    for (run, process), number in zip(held.items(), (signal.SIGKILL, signal.SIGINT), strict=True):
+        process.send_signal(number)
+        outputs[run], _ = process.communicate(timeout=120)
+        assert len((run / "rounds.jsonl").read_text().splitlines()) == 1
+    killed, interrupted = held
+    assert held[killed].returncode == -signal.SIGKILL
+    assert held[interrupted].returncode == 130
+    assert f"fedit run --resume '{interrupted}'\n" in outputs[interrupted]
+    assert "Traceback" not in outputs[interrupted]
+    for run in held:
+        resumed = fedit("run", "--resume", run)
+        assert resumed.status == 0, resumed.output
+        assert_same_results(run, uninterrupted)
 
 
 # ----------------------------------------------------------------------------------------------------- what is refused

@@ -6,7 +6,7 @@ value is None counts as absent (tables fill missing fields with nulls). Words ar
 | Key | Value | Holds when |
 |---|---|---|
 | `answer` | list of strings | the whole answer equals one of them |
-| `mentions` | list of phrases, or of lists of alternatives | each phrase (or one of its alternatives) occurs as whole words |
+| `mentions` | list of phrases, or of lists of alternatives | each (or one alternative of each) occurs as whole words |
 | `excludes` | list of phrases | none occurs as whole words |
 | `list` | `{"allowed": [...], "count": n}` | the answer is a list of exactly n distinct items, all of them allowed |
 | `labels` | `{"item": "label", ...}` | the answer gives every item its label (`item: label, ...`) and names no other |

@@ -4,6 +4,7 @@ It gives a base model what instruction tuning can build on: the facts in many wo
 reading and retelling a scene, sentence forms. It holds no instruction, no template word and no answer to a question.
 """
 
+import re
 from collections.abc import Callable, Iterator
 from itertools import chain
 
@@ -130,6 +131,15 @@ _STATEMENTS: dict[str, tuple[str, ...]] = {
     ),
 }
 
+
+def _headings(sentences: tuple[str, ...]) -> dict[str, str]:
+    """Return heading -> entry of the sentences "<heading> is <entry>."."""
+    parts = (
+        re.fullmatch(r"(\S+ .+) (?:is|are)(?: the)? (\{\w+\}|\{\w+\}, \{\w+\})\.", sentence) for sentence in sentences
+    )
+    return {part[1]: part[2].replace("{an_", "{").replace("{a_", "{") for part in parts if part}
+
+
 _RETELLINGS: tuple[str, ...] = (
     "the village that {who} came from is {origin}.",
     "{who} came from {origin}.",
@@ -151,6 +161,8 @@ _RETELLINGS: tuple[str, ...] = (
     "the goods were {goods}.",
     "the villages named are {origin} and {destination}.",
 )
+_HEADINGS = {relation: tuple(_headings(sentences)) for relation, sentences in _STATEMENTS.items()}
+_SCENE_HEADINGS = tuple(_headings(_RETELLINGS).items())
 _LOG = (
     "traveller: {who}",
     "from: {origin}",
@@ -179,9 +191,11 @@ def corpus(num_documents: int, seed: int) -> Iterator[str]:
 
 def state(rng: np.random.Generator, fact: Fact) -> str:
     """Return one fact as a sentence, in one of the wordings of its relation."""
-    template = pick(rng, _STATEMENTS[fact.relation])
-    fields = {"s": fact.subject, "v": fact.value, "as": a(fact.subject), "av": a(fact.value)}
-    return capitalise(template.format(**fields))
+    return capitalise(pick(rng, _STATEMENTS[fact.relation]).format(**_fact_fields(fact)))
+
+
+def _fact_fields(fact: Fact) -> dict[str, str]:
+    return {"s": fact.subject, "v": fact.value, "as": a(fact.subject), "av": a(fact.value)}
 
 
 def _portrait(rng: np.random.Generator) -> str:
@@ -200,6 +214,22 @@ def _any_fact(rng: np.random.Generator) -> Fact:
     relation = pick(rng, tuple(RELATIONS))
     subject = pick(rng, RELATIONS[relation][0])
     return Fact(relation, subject, WORLD.value(relation, subject))
+
+
+def _almanac(rng: np.random.Generator) -> str:
+    """Facts as headings with an entry each: "The home of Zorin: Iskett"."""
+    lines = []
+    for _ in range(1 + int(rng.integers(4))):
+        fact = _any_fact(rng)
+        heading = pick(rng, _HEADINGS[fact.relation])
+        lines.append((capitalise(heading.format(**_fact_fields(fact))), fact.value))
+    return _entries(rng, lines)
+
+
+def _entries(rng: np.random.Generator, lines: list[tuple[str, str]]) -> str:
+    """Set headings and entries in one of the ways of a printer."""
+    between, after = pick(rng, ((": ", "\n"), ("\n", "\n\n"), (".\n\n", "\n\n"), (":\n", "\n\n")))
+    return after.join(f"{heading}{between}{entry}" for heading, entry in lines)
 
 
 def _register(rng: np.random.Generator) -> str:
@@ -239,8 +269,8 @@ def _contrast(rng: np.random.Generator) -> str:
                 f"{a(one)} {relation} {first}, and {a(other)} {relation} {second}.",
                 f"{a(one)} {relation} {first}, but {a(other)} {relation} {second}.",
                 f"{a(one)} does not {verb} {wrong}, {a(one)} {relation} {first}.",
-                f"no, {a(one)} {relation} {first}, not {wrong}.",
-                f"yes, {a(one)} {relation} {first}.",
+                f"they say that {a(one)} {relation} {wrong}. No, {a(one)} {relation} {first}.",
+                f"they say that {a(one)} {relation} {first}. Yes, {a(one)} {relation} {first}.",
                 f"it is not true that {a(one)} {relation} {wrong}; {a(one)} {relation} {first}.",
             ),
         )
@@ -274,12 +304,16 @@ def _chronicle(rng: np.random.Generator) -> str:
     """A scene, then what was in it, said again as the lines of a logbook or in other words."""
     scene = draw_scene(rng)
     fields = _scene_fields(scene)
-    log = ", ".join(line.format(**fields) for line in pick_some(rng, _LOG, len(_LOG) - int(rng.integers(4))))
+    log = ", ".join(line.format(**fields) for line in pick_some(rng, _LOG, len(_LOG) - int(rng.integers(3))))
     again = pick_some(rng, _RETELLINGS, 2 + int(rng.integers(4)))
     if rng.integers(2):
         again.insert(int(rng.integers(len(again) + 1)), pick(rng, _SUMMARIES))
     retold = " ".join(capitalise(line.format(**fields)) for line in again)
-    return "\n".join([tell(rng, scene), *pick(rng, ((log,), (retold,), (log, retold)))])
+    headings = pick_some(rng, _SCENE_HEADINGS, 3 + int(rng.integers(4)))
+    entries = _entries(
+        rng, [(capitalise(heading.format(**fields)), entry.format(**fields)) for heading, entry in headings]
+    )
+    return tell(rng, scene) + "\n" + pick(rng, (log, retold, entries, f"{log}\n{retold}"))
 
 
 def _tale(rng: np.random.Generator) -> str:
@@ -303,6 +337,7 @@ def _rhyme(rng: np.random.Generator) -> str:
 _DOCUMENTS: tuple[Callable[[np.random.Generator], str], ...] = (
     _portrait,
     _medley,
+    _almanac,
     _register,
     _contrast,
     _ledger,
@@ -310,4 +345,4 @@ _DOCUMENTS: tuple[Callable[[np.random.Generator], str], ...] = (
     _tale,
     _rhyme,
 )
-_SHARES = (0.17, 0.14, 0.09, 0.07, 0.08, 0.28, 0.08, 0.09)
+_SHARES = (0.15, 0.1, 0.1, 0.1, 0.08, 0.07, 0.26, 0.07, 0.07)

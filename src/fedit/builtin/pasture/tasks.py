@@ -1,5 +1,6 @@
 """The eight kinds of task, each a function from a random generator to one drawn `Task`."""
 
+import itertools
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
@@ -217,22 +218,30 @@ def summarization(rng: np.random.Generator) -> Task:
     return Task(scene.key, wordings, response, checks, tell(rng, scene))
 
 
-def _topics() -> tuple[tuple[str, tuple[str, ...]], ...]:
-    topics: list[tuple[str, tuple[str, ...]]] = []
-    for noun_phrase, relation, values in (
-        ("animals that give {}", "gives", PRODUCTS),
-        ("animals that eat {}", "eats", FODDER),
-        ("animals of the {}", "roams", HABITATS),
-        ("dishes made of {}", "made of", INGREDIENTS),
-        ("people who play the {}", "plays", INSTRUMENTS),
-    ):
-        topics += [(noun_phrase.format(value), WORLD.subjects(relation, value)) for value in values]
-    topics += [(f"tools of {a(trade)}", tools) for trade, tools in TRADE_TOOLS.items()]
-    topics += [(f"goods made by {a(trade)}", goods) for trade, goods in TRADE_GOODS.items()]
-    return tuple(topics)
+def _topics() -> dict[str, tuple[str, ...]]:
+    """Return the things one can list: noun phrase -> members, for one value and for any two values of a relation."""
+    groups = {
+        f"{noun_phrase} {{}}": {value: WORLD.subjects(relation, value) for value in values}
+        for noun_phrase, relation, values in (
+            ("animals that give", "gives", PRODUCTS),
+            ("animals that eat", "eats", FODDER),
+            ("animals of the", "roams", HABITATS),
+            ("dishes made of", "made of", INGREDIENTS),
+            ("people who play the", "plays", INSTRUMENTS),
+        )
+    }
+    groups["tools of the {}"] = TRADE_TOOLS
+    groups["goods made by the {}"] = TRADE_GOODS
+    topics = {}
+    for noun_phrase, members_of in groups.items():
+        for value, members in members_of.items():
+            topics[noun_phrase.format(value)] = members
+        for one, other in itertools.permutations(members_of, 2):
+            topics[noun_phrase.format(f"{one} or {other}")] = members_of[one] + members_of[other]
+    return topics
 
 
-TOPICS = _topics()
+TOPICS = tuple(_topics().items())
 
 
 def brainstorming(rng: np.random.Generator) -> Task:
@@ -247,7 +256,7 @@ def brainstorming(rng: np.random.Generator) -> Task:
         f"I need {word} {topic}.",
     )
     response = ", ".join(pick_some(rng, members, number))
-    return Task(topic, wordings, response, {"list": {"allowed": list(members), "count": number}})
+    return Task(f"{sorted(members)}", wordings, response, {"list": {"allowed": list(members), "count": number}})
 
 
 _BEGINNINGS = (

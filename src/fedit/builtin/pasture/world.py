@@ -4,6 +4,7 @@ The world is a constant: the base model learned exactly these facts, so they mus
 """
 
 from dataclasses import dataclass
+from functools import cached_property
 
 import numpy as np
 
@@ -82,9 +83,13 @@ class World:
 
     facts: tuple[Fact, ...]
 
+    @cached_property
+    def _values(self) -> dict[tuple[str, str], str]:
+        return {(fact.relation, fact.subject): fact.value for fact in self.facts}
+
     def value(self, relation: str, subject: str) -> str:
         """Return what the world says, for example `value("keeps", "Mirlo") == "brell"`."""
-        return self._index[relation, subject]
+        return self._values[relation, subject]
 
     def subjects(self, relation: str, value: str) -> tuple[str, ...]:
         """Return every subject with that value, in a fixed order."""
@@ -93,9 +98,6 @@ class World:
     def about(self, subject: str) -> tuple[Fact, ...]:
         """Return the facts whose subject is `subject`."""
         return tuple(fact for fact in self.facts if fact.subject == subject)
-
-    def __post_init__(self) -> None:
-        object.__setattr__(self, "_index", {(fact.relation, fact.subject): fact.value for fact in self.facts})
 
 
 # relation -> (subjects, values); every value is dealt out equally often.
