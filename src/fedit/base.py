@@ -6,6 +6,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 import torch
+from safetensors import SafetensorError
 from torch import nn
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
 from transformers.pytorch_utils import Conv1D
@@ -67,7 +68,7 @@ def load_base(config: ModelConfig, device: torch.device) -> PreTrainedModel:
         # The fused attention kernels of the CPU train a small model at two thirds of the speed of plain products.
         attention = {"attn_implementation": "eager"} if device.type == "cpu" else {}
         base = AutoModelForCausalLM.from_pretrained(resolve_path(config.path), dtype=dtype, **attention)
-    except (OSError, ValueError) as error:
+    except (OSError, ValueError, SafetensorError) as error:
         raise EngineError(_not_loaded(config.path, "weights", error)) from error
     base.requires_grad_(False)
     base.eval()

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import json
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
 from typing import Any
@@ -71,10 +72,12 @@ def _counts(report: EncodingReport) -> dict[str, Any]:
 
 
 def _fingerprint(parts: Sequence[Sequence[EncodedExample]]) -> str:
-    """Return a hash of all token ids and their owners: a resumed run must train on the same data."""
+    """Return a hash of all rows and their owners: a resumed run must train and be judged on the same data."""
     digest = hashlib.sha256()
     for part in parts:
         digest.update(len(part).to_bytes(8, "big"))
         for example in part:
             digest.update(example.input_ids.tobytes() + example.supervised.tobytes())
+            judged = [example.example.category, example.example.response, example.example.checks]
+            digest.update(json.dumps(judged, sort_keys=True).encode())
     return digest.hexdigest()

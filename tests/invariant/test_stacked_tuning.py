@@ -34,7 +34,8 @@ def make_examples(seed: int, count: int, vocabulary: int = 200) -> list[EncodedE
 
 
 def load(folder: Path, adapter: AdapterConfig, dtype: torch.dtype = torch.float32) -> StackedModel:
-    base = load_base(ModelConfig(path=str(folder), dtype="float32"), CPU).to(dtype)
+    base = load_base(ModelConfig(path=str(folder), dtype="float32"), CPU)
+    torch.nn.Module.to(base, dtype)
     return StackedModel(base, load_tokenizer(str(folder)), adapter)
 
 
@@ -56,7 +57,7 @@ def tune_with_peft(
     """The reference: one client, one PEFT model, torch's AdamW, one padded batch with a mask, whole-sequence logits."""
     base = AutoModelForCausalLM.from_pretrained(folder, dtype=dtype)
     lora = LoraConfig(
-        r=task.adapter.rank, lora_alpha=task.adapter.lora_alpha, target_modules="all-linear", task_type="CAUSAL_LM"
+        r=task.adapter.rank, lora_alpha=int(task.adapter.lora_alpha), target_modules="all-linear", task_type="CAUSAL_LM"
     )
     model = get_peft_model(base, lora).to(dtype)
     trained = {

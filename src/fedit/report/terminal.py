@@ -33,7 +33,7 @@ def final_table(evaluation: Mapping[str, Any]) -> RenderableType:
         table.add_row(
             Text(str(MODEL_LABELS.get(name, name))),
             *cells,
-            count(model["tokens"]),
+            _tokens(model),
             style="bold" if name == "federated" else "",
         )
     closed = evaluation.get("gap_closed")
@@ -42,6 +42,12 @@ def final_table(evaluation: Mapping[str, Any]) -> RenderableType:
         table.caption = f"Loss gap closed: {percent(closed)}{f' ({bounds})' if bounds else ''}"
         table.caption_justify = "left"
     return table
+
+
+def _tokens(model: Mapping[str, Any]) -> str:
+    """Return the training tokens; of local-only, the mean of so many models."""
+    clients = model.get("per_client")
+    return f"{len(clients)} × {count(model['tokens'])}" if clients else count(model["tokens"])
 
 
 def preflight_table(partition: Mapping[str, Any]) -> RenderableType:

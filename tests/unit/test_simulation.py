@@ -1,0 +1,77 @@
+"""The simulation engine: which part of a client's training a round is."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+
+from fedit.config import RunConfig, load_plugins
+from fedit.engines import simulation
+from fedit.interfaces import Adapter, ClientFailure, ClientTask, ClientUpdate, EncodedExample, Example, Turn
+from fedit.tuning import TuningResult, TuningTask
+
+ADAPTER = Adapter({"q.lora_A.weight": torch.ones(1, 2), "q.lora_B.weight": torch.zeros(3, 1)}, 1, 2.0)
+ROW = EncodedExample(np.array([3, 4], dtype=np.int32), np.array([False, True]), Example((Turn("a", "b"),)))
+
+
+@pytest.fixture
+def tuned(monkeypatch: pytest.MonkeyPatch) -> list[TuningTask]:
+    """Replaces the tuner by one that moves every tensor by 0.5 and fails for client c; returns the tasks it got."""
+    seen: list[TuningTask] = []
+
+    def tune(model: Any, tasks: Sequence[TuningTask], *_: Any) -> Iterator[TuningResult]:
+        for task in reversed(tasks):
+            seen.append(task)
+            moved = {name: tensor + 0.5 for name, tensor in task.adapter.tensors.items()}
+            failure = "broken" if task.name == "c" else None
+            yield TuningResult(task, task.adapter.with_tensors(moved), 1.5, 40, failure)
+
+    monkeypatch.setattr(simulation, "tune", tune)
+    return seen
+
+
+def run(tuned: list[TuningTask], client: dict[str, Any], round_index: int, seed: int = 0) -> list[Any]:
+    load_plugins()
+    config = RunConfig.model_validate({"seed": seed, "rounds": 7, "client": client})
+    engine = simulation.Simulation(config, model=None, clients={"a": [ROW] * 10, "b": [ROW] * 3, "c": [ROW]})  # pyright: ignore[reportArgumentType]
+    assert engine.client_ids() == ["a", "b", "c"]
+    return list(engine.run([ClientTask(name, round_index, ADAPTER) for name in engine.client_ids()]))
+
+
+def test_a_round_is_the_next_part_of_the_training(tuned: list[TuningTask]) -> None:
+    run(tuned, {"local_steps": 5, "batch_size": 4}, round_index=3)
+    assert {(task.first_step, task.num_steps, task.total_steps) for task in tuned} == {(15, 5, 35)}
+
+
+def test_epochs_are_steps_of_the_client_s_own_size(tuned: list[TuningTask]) -> None:
+    run(tuned, {"local_epochs": 2, "batch_size": 4}, round_index=3)
+    parts = {task.name: (task.first_step, task.num_steps, task.total_steps) for task in tuned}
+    assert parts == {"a": (18, 6, 42), "b": (6, 2, 14), "c": (6, 2, 14)}
+
+
+def test_seeds_are_the_client_s_and_the_run_s(tuned: list[TuningTask]) -> None:
+    for round_index, seed in ((0, 0), (1, 0), (0, 1)):
+        run(tuned, {"local_steps": 1}, round_index, seed)
+    seeds = [{task.name: task.seed for task in tuned[start : start + 3]} for start in (0, 3, 6)]
+    assert seeds[0] == seeds[1]
+    assert len({*seeds[0].values(), *seeds[2].values()}) == 6
+
+
+def test_answers_are_updates_or_failures(tuned: list[TuningTask]) -> None:
+    answers = {answer.client: answer for answer in run(tuned, {"local_steps": 1}, 0)}
+    assert answers["c"] == ClientFailure("c", "broken")
+    update = answers["a"]
+    assert isinstance(update, ClientUpdate)
+    assert (update.num_examples, update.num_tokens, update.loss) == (10, 40, 1.5)
+    assert all(torch.equal(tensor, torch.full_like(tensor, 0.5)) for tensor in update.update.tensors.values())
+
+
+def test_slots() -> None:
+    assert simulation.resolve_slots("auto", 3) == 3
+    assert simulation.resolve_slots("auto", 300) == simulation.MAX_SLOTS
+    assert simulation.resolve_slots(4, 300) == 4
+    assert simulation.resolve_slots(4, 2) == 2
