@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import torch
 from safetensors.torch import load_file
@@ -11,8 +12,11 @@ from fedit.base import load_base, load_tokenizer, resolve_device
 from fedit.config import RunConfig
 from fedit.data import encode_prompt
 from fedit.export import PEFT_PREFIX
-from fedit.interfaces import Adapter, EngineError, Example, Turn
+from fedit.interfaces import Adapter, DataError, EngineError, Example, Turn
 from fedit.model import StackedModel
+
+if TYPE_CHECKING:
+    import numpy as np
 
 
 class Conversation:
@@ -33,12 +37,27 @@ class Conversation:
 
     def answer(self, instruction: str) -> str:
         """Return the model's answer to the next turn, and remember both."""
-        turn = Turn(instruction, "")
-        prompt = encode_prompt(Example((*self._turns, turn)), self._template, self._model.tokenizer)
+        prompt = self._prompt(instruction)
         with torch.inference_mode():
             (text,) = self._model.generate([prompt], [0], self._max_new_tokens)
         self._turns.append(Turn(instruction, text.strip()))
         return text.strip()
+
+    def _prompt(self, instruction: str) -> np.ndarray:
+        """Return the prompt's ids; the oldest turns are forgotten where the context would leave no room to answer.
+
+        Raises:
+            DataError: the instruction alone is too long.
+        """
+        context = getattr(self._model.base.config, "max_position_embeddings", None)
+        while True:
+            example = Example((*self._turns, Turn(instruction, "")))
+            prompt = encode_prompt(example, self._template, self._model.tokenizer)
+            if context is None or len(prompt) + min(self._max_new_tokens, context // 4) <= context:
+                return prompt
+            if not self._turns:
+                raise DataError(f"The question has {len(prompt)} tokens; the model's context is {context}. Shorten it.")
+            del self._turns[0]
 
 
 def load_adapter(folder: Path, config: RunConfig) -> Adapter:

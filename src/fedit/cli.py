@@ -17,7 +17,7 @@ from rich.table import Table
 from rich.text import Text
 
 from fedit.config import RunConfig, load_config, load_plugins, parse_config
-from fedit.interfaces import ConfigError, FeditError, plugin_kinds, plugins
+from fedit.interfaces import ConfigError, DataError, FeditError, plugin_kinds, plugins
 
 if TYPE_CHECKING:
     from fedit.prepare import FederatedData
@@ -74,7 +74,8 @@ def run(
         _say(f"\nInterrupted. {_how_to_go_on(folder)}")
         sys.exit(130)
     except (FeditError, OSError) as error:
-        error.add_note(_how_to_go_on(folder))
+        if not isinstance(error, ConfigError | DataError):  # those would only come again
+            error.add_note(_how_to_go_on(folder))
         raise
     console.print(final_table(result.evaluation))
     _say(f"Report:  {folder / 'report.html'}\nAdapter: {folder / 'adapter'}")

@@ -154,7 +154,7 @@ class CohortConfig(Table):
     def num_sampled(self, num_clients: int) -> int:
         """Return the cohort's size among `num_clients`, at least 1."""
         if self.size is not None:
-            return min(self.size, num_clients)
+            return self.size
         return max(1, round((1.0 if self.fraction is None else self.fraction) * num_clients))
 
 

@@ -13,6 +13,7 @@ import os
 import platform
 import resource
 import shlex
+import sys
 import tempfile
 import time
 from collections.abc import Callable, Mapping, Sequence
@@ -134,6 +135,7 @@ def _federated(run: _Run) -> Adapter:
     watch = _Watch()
 
     def finish_round(state: ServerState, record: RoundRecord) -> None:
+        timing = watch.lap(record.tokens)
         every = config.evaluation.every
         if state.round_index == config.rounds or (every and state.round_index % every == 0):
             loss = mean_loss(run.model, state.adapter, run.data.test)
@@ -141,9 +143,9 @@ def _federated(run: _Run) -> Adapter:
         # The line comes first: a line without its checkpoint is dropped on resume, the reverse could not be mended.
         append_line(rounds, asdict(record))
         save_state(state, checkpoints)
-        timing = watch.lap(record.tokens)
         run.append_timing({"round": record.round, **timing})
         run.notify(RoundFinished(record, timing["seconds"], config.rounds))
+        watch.lap(0)  # evaluating and saving belong to no round's tokens per second
 
     share = config.cohort.num_sampled(len(run.data.clients)) / len(run.data.clients)
     per_round = share * sum(_round_tokens(config, examples) for examples in run.data.clients.values())
@@ -260,9 +262,10 @@ class _Watch:
         wall, cpu = time.perf_counter(), time.process_time()
         seconds, cpu_seconds = wall - self._wall, cpu - self._cpu
         self._wall, self._cpu = wall, cpu
+        unit = 1 if sys.platform == "darwin" else 1024
         return {
             "seconds": round(seconds, 3),
             "cpu_seconds": round(cpu_seconds, 3),
             "tokens_per_second": round(num_tokens / seconds, 1),
-            "peak_memory_bytes": resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024,
+            "peak_memory_bytes": resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit,
         }

@@ -178,6 +178,8 @@ class ClientTask:
     round_index: int
     adapter: Adapter
     """The received adapter, of this client's own rank."""
+    num_earlier: int = 0
+    """Earlier rounds that sampled this client: it goes on in its rows where the last of them stopped."""
 
 
 @dataclass(frozen=True, slots=True, eq=False)

@@ -17,6 +17,7 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 from torch.nn.functional import cross_entropy
+from transformers import GenerationConfig
 from transformers.pytorch_utils import Conv1D
 
 from fedit.base import find_targets, is_linear, linear_shape
@@ -144,9 +145,15 @@ class StackedModel:
             _replace(base, name, StackedLora(name, layer, self._routing, config.dropout))
             for name, layer in find_targets(base, config.target_modules).items()
         ]
+        # The base's own generation settings (sampling, penalties) would make answers of models incomparable.
+        eos = tokenizer.eos_token_id
+        base.generation_config = GenerationConfig(do_sample=False, eos_token_id=eos, pad_token_id=eos)
         base.register_forward_pre_hook(self._note_length, with_kwargs=True)
         head = base.get_output_embeddings()
-        assert head is not None
+        if head is None:
+            raise EngineError(
+                f"{type(base).__name__} has no language-model head, so it cannot be tuned as a causal LM."
+            )
         head.register_forward_pre_hook(self._select_supervised)
         self.allocate(1)
 
@@ -269,15 +276,11 @@ class StackedModel:
         for row, prompt in enumerate(prompts):
             input_ids[row, length - len(prompt) :] = torch.from_numpy(prompt.astype(np.int64))
             attention_mask[row, length - len(prompt) :] = 1
-        eos = self.tokenizer.eos_token_id
         with self._route(torch.as_tensor(slots, device=self.device)):
             output = self.base.generate(  # pyright: ignore[reportCallIssue] (torch's __getattr__ hides the mixin)
                 input_ids=input_ids.to(self.device),
                 attention_mask=attention_mask.to(self.device),
                 max_new_tokens=max(1, min(max_new_tokens, room)),
-                do_sample=False,
-                eos_token_id=eos,
-                pad_token_id=eos,
             )
         return self.tokenizer.batch_decode(output[:, length:], skip_special_tokens=True)
 

@@ -11,6 +11,7 @@ from typing import Any
 from fedit.base import context_length, load_tokenizer
 from fedit.config import RunConfig
 from fedit.data import EncodingReport, encode_all, load_examples
+from fedit.evaluation.checks import passes
 from fedit.interfaces import ConfigError, DataError, EncodedExample, derive_rng
 from fedit.partition import partition_statistics
 from fedit.server import never_sampled
@@ -47,8 +48,13 @@ def prepare_data(config: RunConfig) -> FederatedData:
     train_examples, test_examples = load_examples(config.data, config.seed)
     rows, train_report = encode_all(train_examples, config.data, tokenizer)
     test, test_report = encode_all(test_examples, config.data, tokenizer)
+    _try_checks(test)
     owners = config.partition.split([row.example for row in rows], derive_rng(config.seed, "partition"))
     clients = {client: [rows[index] for index in indices] for client, indices in owners.items()}
+    if config.cohort.size is not None and config.cohort.size > len(clients):
+        raise ConfigError(
+            f"[cohort] size = {config.cohort.size} is more than the {len(clients)} clients of the partition."
+        )
     if config.cohort.min_updates > config.cohort.num_sampled(len(clients)):
         raise ConfigError(
             f"[cohort] min_updates = {config.cohort.min_updates} can never be reached: the partition has "
@@ -63,21 +69,31 @@ def prepare_data(config: RunConfig) -> FederatedData:
         raise DataError("A category is named 'all', which stands for the whole test set. Rename it in the data.")
     summary["encoding"] = {"train": _counts(train_report), "test": _counts(test_report)}
     summary["never_sampled"] = never_sampled(config, list(clients))
-    summary["fingerprint"] = _fingerprint([*clients.values(), test])
+    summary["fingerprint"] = _fingerprint({**clients, "\x1ftest": test})
     return FederatedData(clients, test, summary)
+
+
+def _try_checks(rows: Sequence[EncodedExample]) -> None:
+    """Raise DataError for a malformed `checks` now, not after the training that its answer would judge."""
+    for row in rows:
+        if row.example.checks is not None:
+            try:
+                passes(row.example.checks, "an answer")
+            except DataError as error:
+                raise DataError(f"{row.example.source}: {error}") from error
 
 
 def _counts(report: EncodingReport) -> dict[str, Any]:
     return {**asdict(report), "dropped": report.dropped}
 
 
-def _fingerprint(parts: Sequence[Sequence[EncodedExample]]) -> str:
+def _fingerprint(parts: Mapping[str, Sequence[EncodedExample]]) -> str:
     """Return a hash of all rows and their owners: a resumed run must train and be judged on the same data."""
     digest = hashlib.sha256()
-    for part in parts:
-        digest.update(len(part).to_bytes(8, "big"))
+    for name, part in parts.items():
+        digest.update(json.dumps([name, len(part)]).encode())
         for example in part:
             digest.update(example.input_ids.tobytes() + example.supervised.tobytes())
             judged = [example.example.category, example.example.response, example.example.checks]
-            digest.update(json.dumps(judged, sort_keys=True).encode())
+            digest.update(json.dumps(judged, sort_keys=True, default=str).encode())
     return digest.hexdigest()

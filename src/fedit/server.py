@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import json
 import math
+from collections import Counter
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -81,12 +82,16 @@ def train(
 def run_round(config: RunConfig, engine: Engine, state: ServerState) -> tuple[ServerState, RoundRecord]:
     """Sample a cohort, let it tune, aggregate, move the global adapter."""
     cohort = sample_cohort(config, engine.client_ids(), state.round_index)
-    tasks = [
-        ClientTask(client, state.round_index, state.adapter.cut(client_rank(config, engine.client_ids(), client)))
-        for client in cohort
-    ]
+    earlier = Counter(c for i in range(state.round_index) for c in sample_cohort(config, engine.client_ids(), i))
+    tasks = []
+    for client in cohort:
+        adapter = state.adapter.cut(client_rank(config, engine.client_ids(), client))
+        tasks.append(ClientTask(client, state.round_index, adapter, earlier[client]))
     answers = _Answers(tasks)
-    result = config.aggregation.aggregate(state.adapter, answers.updates(engine.run(tasks), config.cohort.min_updates))
+    updates = answers.updates(engine.run(tasks), config.cohort.min_updates)
+    result = config.aggregation.aggregate(state.adapter, updates)
+    for _ in updates:  # what a rule leaves unread is counted all the same
+        pass
     adapter, optimizer_state = config.server_optimizer.apply(state.adapter, result.delta, state.optimizer_state)
     update_norm = distance(adapter, state.adapter)
     if not math.isfinite(update_norm):

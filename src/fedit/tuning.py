@@ -28,7 +28,7 @@ LAUNCH_TOKENS = {"cpu": 192, "cuda": 2048}
 
 @dataclass(frozen=True, eq=False)
 class TuningTask:
-    """Steps [first_step, first_step + num_steps) of a client's training of total_steps."""
+    """Steps [first_step, first_step + num_steps) of a training of total_steps, which set the learning rate."""
 
     name: str
     examples: Sequence[EncodedExample]
@@ -38,6 +38,8 @@ class TuningTask:
     num_steps: int
     total_steps: int
     seed: int
+    first_batch: int = 0
+    """Where in its walk through the rows the client stands: with a sampled cohort it has taken fewer steps."""
 
 
 @dataclass(frozen=True, eq=False)
@@ -108,7 +110,7 @@ def _step(
     rows, examples, seeds = [], list[EncodedExample](), list[int]()
     num_supervised = np.zeros(model.num_slots)
     for slot in live:
-        step = slot.task.first_step + slot.step
+        step = slot.task.first_batch + slot.step
         for position, index in enumerate(
             batch_indices(len(slot.task.examples), config.batch_size, step, slot.task.seed)
         ):

@@ -170,7 +170,6 @@ def test_number_of_local_steps():
         (CohortConfig(fraction=0.1), 10, 1),
         (CohortConfig(fraction=0.1), 3, 1),
         (CohortConfig(size=4), 10, 4),
-        (CohortConfig(size=4), 3, 3),
     ],
 )
 def test_size_of_a_cohort(cohort: CohortConfig, num_clients: int, expected: int):

@@ -5,7 +5,10 @@ from __future__ import annotations
 from collections.abc import Iterable
 from typing import ClassVar
 
-from fedit.aggregation.combine import Weighting, aggregation_loss, combine, difference
+import torch
+
+from fedit.aggregation.combine import Weighting, aggregation_loss, combine, difference, low_rank
+from fedit.aggregation.lowrank import LowRank
 from fedit.interfaces import Adapter, Aggregate, Aggregation, ClientUpdate
 
 
@@ -29,6 +32,17 @@ class FlexLoRA(Aggregation):
 
     def aggregate(self, adapter: Adapter, updates: Iterable[ClientUpdate]) -> Aggregate:
         product = combine(adapter, updates, self.weighting).product
-        factors = {module: (m * (1 / adapter.scaling)).truncate(adapter.rank) for module, m in product.items()}
+        received = low_rank(adapter)
+        factors = {
+            module: _keep_trainable((m * (1 / adapter.scaling)).truncate(adapter.rank), received[module])
+            for module, m in product.items()
+        }
         kept = {module: f * adapter.scaling for module, f in factors.items()}
         return Aggregate(difference(factors, adapter), {"aggregation_loss": aggregation_loss(product, kept)})
+
+
+def _keep_trainable(factors: LowRank, received: LowRank) -> LowRank:
+    """Give the components that the mean lacks (clients of small ranks) the received A: at A = B = 0 none could grow."""
+    sizes = factors.b.norm(dim=0)
+    empty = sizes <= 1e-12 * sizes.max()
+    return LowRank(factors.b * ~empty, torch.where(empty[:, None], received.a, factors.a))

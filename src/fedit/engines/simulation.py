@@ -44,6 +44,7 @@ class Simulation:
                     examples=examples,
                     adapter=task.adapter,
                     first_step=task.round_index * num_steps,
+                    first_batch=task.num_earlier * num_steps,
                     num_steps=num_steps,
                     total_steps=rounds * num_steps,
                     seed=derive_seed(self._config.seed, "client", task.client),

@@ -18,8 +18,8 @@ from fedit.tuning import group_by_length
 
 NUM_SLOTS = 16
 """Adapters evaluated at the same time."""
-GENERATED_ROWS = {"cpu": 128, "cuda": 512}
-"""Rows of a generation batch."""
+GENERATED_TOKENS = {"cpu": 16384, "cuda": 65536}
+"""Prompt and answer tokens of a generation batch at most: each of them keeps its keys and values."""
 
 
 def mean_loss(model: StackedModel, adapter: Adapter, examples: Sequence[EncodedExample]) -> float:
@@ -80,10 +80,12 @@ def generate_answers(
     pairs = [(slot, row) for slot in range(len(adapters)) for row in range(len(examples))]
     # A batch lasts as long as its longest answer: the base, which never learned to stop, gets batches of its own.
     pairs.sort(key=lambda pair: (adapters[pair[0]] is None, len(prompts[pair[1]])))
-    batch_rows = GENERATED_ROWS.get(model.device.type, GENERATED_ROWS["cuda"])
+    limit = GENERATED_TOKENS.get(model.device.type, GENERATED_TOKENS["cuda"])
     answers = [[""] * len(examples) for _ in adapters]
-    for start in range(0, len(pairs), batch_rows):
-        batch = pairs[start : start + batch_rows]
+    while pairs:
+        longest = len(prompts[pairs[-1][1]]) + max_new_tokens
+        count = max(1, limit // longest)
+        batch, pairs = pairs[-count:], pairs[:-count]
         texts = model.generate([prompts[row] for _, row in batch], [slot for slot, _ in batch], max_new_tokens)
         for (slot, row), text in zip(batch, texts, strict=True):
             answers[slot][row] = text.strip()

@@ -27,9 +27,9 @@ def generate(
 ) -> tuple[list[dict[str, Any]], list[dict[str, Any]]]:
     """Return training and test rows with the keys instruction, context, response, category and checks.
 
-    Categories are equally frequent (the first ones get one row more where the number does not divide by eight).
-    What answering needs - a fact for open_qa, a topic for brainstorming, a composition elsewhere - belongs either to
-    training or to test; which one, the seed decides. Of the wordings, some combinations occur in test only.
+    Rows come in random order, the categories equally often (the first ones once more where the number does not divide
+    by eight). What answering needs - a fact for open_qa, a topic for brainstorming, a composition elsewhere - belongs
+    either to training or to test; which one, the seed decides. Of the wordings, some combinations occur in test only.
     """
     return _rows(seed, "train", num_train), _rows(seed, "test", num_test)
 
@@ -53,7 +53,8 @@ def _rows(seed: int, split: str, count: int) -> list[dict[str, Any]]:
                     "checks": task.checks,
                 }
             )
-    return rows
+    order = derive_rng(seed, "builtin:pasture", split, "order").permutation(len(rows))
+    return [rows[index] for index in order]
 
 
 def _is_test(seed: int, category: str, key: str) -> bool:

@@ -12,7 +12,7 @@ import numpy as np
 
 from fedit.builtin.pasture.language import a, capitalise, join, pick, pick_some
 from fedit.builtin.pasture.scenes import Scene, draw_scene, tell
-from fedit.builtin.pasture.tasks import KINDS, TOPICS, notice_of, tale_of
+from fedit.builtin.pasture.tasks import KINDS, TOPICS, count_off, notice_of, tale_of
 from fedit.builtin.pasture.world import (
     ANIMALS,
     FODDER,
@@ -233,12 +233,12 @@ def _entries(rng: np.random.Generator, lines: list[tuple[str, str]]) -> str:
 
 
 def _register(rng: np.random.Generator) -> str:
-    """Lists: some members of a topic, drawn and ordered anew each time."""
+    """Lists: some members of a topic."""
     lines = []
     for _ in range(1 + int(rng.integers(3))):
         topic, members = pick(rng, TOPICS)
         number = 2 + int(rng.integers(min(len(members), 4) - 1))
-        chosen = pick_some(rng, members, number)
+        chosen = count_off(rng, members, number)
         word = ("two", "three", "four")[number - 2]
         form = pick(
             rng,
@@ -269,8 +269,8 @@ def _contrast(rng: np.random.Generator) -> str:
                 f"{a(one)} {relation} {first}, and {a(other)} {relation} {second}.",
                 f"{a(one)} {relation} {first}, but {a(other)} {relation} {second}.",
                 f"{a(one)} does not {verb} {wrong}, {a(one)} {relation} {first}.",
-                f"they say that {a(one)} {relation} {wrong}. No, {a(one)} {relation} {first}.",
-                f"they say that {a(one)} {relation} {first}. Yes, {a(one)} {relation} {first}.",
+                f"they say that {a(one)} {relation} {wrong}. {capitalise(a(one))} {relation} {first}, so no.",
+                f"they say that {a(one)} {relation} {first}. {capitalise(a(one))} {relation} {first}, so yes.",
                 f"it is not true that {a(one)} {relation} {wrong}; {a(one)} {relation} {first}.",
             ),
         )
@@ -286,7 +286,7 @@ def _ledger(rng: np.random.Generator) -> str:
         entries = [(animal, WORLD.value("gives", animal)) for animal in pick_some(rng, ANIMALS, 5)]
     entries = pick_some(rng, entries, 3 + int(rng.integers(len(entries) - 2)))
     listed = ", ".join(word for word, _ in entries)
-    heading = pick(rng, ("", f"{listed}.\n", f"{' or '.join(dict(map(reversed, entries)))}: {listed}.\n"))
+    heading = pick(rng, ("", f"{listed}.\n", f"{' or '.join(dict.fromkeys(kind for _, kind in entries))}: {listed}.\n"))
     return heading + pick(rng, ("\n", ", ")).join(f"{word}: {kind}" for word, kind in entries)
 
 

@@ -1,7 +1,7 @@
 """The eight kinds of task, each a function from a random generator to one drawn `Task`."""
 
 import itertools
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -137,7 +137,7 @@ def _claim(rng: np.random.Generator) -> Task:
         f"They say that {a(animal)} {relation} {claimed}. Is that so?",
     )
     verdict = "yes" if claimed == truth else "no"
-    response = capitalise(f"{verdict}, {a(animal)} {relation} {truth}.")
+    response = capitalise(f"{a(animal)} {relation} {truth}, so {verdict}.")
     checks = {"mentions": [verdict, f"{animal} {relation} {truth}"], "sentences": 1}
     return Task(f"{animal} {relation} {claimed}", wordings, response, checks)
 
@@ -244,6 +244,16 @@ def _topics() -> dict[str, tuple[str, ...]]:
 TOPICS = tuple(_topics().items())
 
 
+def count_off(rng: np.random.Generator, members: Sequence[str], count: int) -> list[str]:
+    """Return `count` members in the order of counting, round and round, from any of them on.
+
+    The order makes a list learnable for a very small model: what follows depends on the last item alone, where a
+    random order would need all items said so far, lest one be repeated. Checks accept any order.
+    """
+    start = int(rng.integers(len(members)))
+    return [members[(start + index) % len(members)] for index in range(count)]
+
+
 def brainstorming(rng: np.random.Generator) -> Task:
     """Name two or three things of a kind; any distinct ones will do."""
     topic, members = pick(rng, TOPICS)
@@ -255,7 +265,7 @@ def brainstorming(rng: np.random.Generator) -> Task:
         f"Suggest {word} {topic}.",
         f"I need {word} {topic}.",
     )
-    response = ", ".join(pick_some(rng, members, number))
+    response = ", ".join(count_off(rng, members, number))
     return Task(f"{sorted(members)}", wordings, response, {"list": {"allowed": list(members), "count": number}})
 
 
