@@ -70,10 +70,11 @@ def tune_with_peft(
         for name, parameter in trained.items():
             parameter.copy_(task.adapter.tensors[name])
     optimizer = torch.optim.AdamW(trained.values(), lr=config.learning_rate, weight_decay=config.weight_decay)
-    for step in range(task.first_step, task.first_step + task.num_steps):
+    for done in range(task.num_steps):
         for group in optimizer.param_groups:
-            group["lr"] = config.learning_rate * (1 - step / task.total_steps)
-        rows = [task.examples[i] for i in batch_indices(len(task.examples), config.batch_size, step, task.seed)]
+            group["lr"] = config.learning_rate * (1 - (task.first_step + done) / task.total_steps)
+        batch = batch_indices(len(task.examples), config.batch_size, task.first_batch + done, task.seed)
+        rows = [task.examples[i] for i in batch]
         length = max(len(row) for row in rows)
         input_ids, mask = torch.zeros(len(rows), length, dtype=torch.long), torch.zeros(len(rows), length)
         labels = torch.full((len(rows), length), -100)
@@ -89,9 +90,13 @@ def tune_with_peft(
     return {name: parameter.detach() for name, parameter in trained.items()}
 
 
-def make_task(model: StackedModel, seed: int, count: int, rank: int, num_steps: int, first_step: int = 0) -> TuningTask:
+def make_task(
+    model: StackedModel, seed: int, count: int, rank: int, num_steps: int, first_step: int = 0, first_batch: int = 0
+) -> TuningTask:
     adapter = random_adapter(model, seed, rank)
-    return TuningTask(f"client{seed}", make_examples(seed, count), adapter, first_step, num_steps, 20, seed)
+    return TuningTask(
+        f"client{seed}", make_examples(seed, count), adapter, first_step, num_steps, 20, seed, first_batch
+    )
 
 
 def relative_error(got: Mapping[str, Tensor], expected: Mapping[str, Tensor], start: Mapping[str, Tensor]) -> float:
@@ -111,7 +116,7 @@ def make_tasks(model: StackedModel) -> list[TuningTask]:
     return [
         make_task(model, seed=1, count=9, rank=4, num_steps=6),
         make_task(model, seed=2, count=3, rank=6, num_steps=7),
-        make_task(model, seed=3, count=17, rank=2, num_steps=5, first_step=3),
+        make_task(model, seed=3, count=17, rank=2, num_steps=5, first_step=3, first_batch=2),
         make_task(model, seed=4, count=1, rank=6, num_steps=9),
         make_task(model, seed=5, count=6, rank=4, num_steps=5),
     ]

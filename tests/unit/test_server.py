@@ -252,6 +252,22 @@ def cohorts(seed: int, num_rounds: int, size: int = 5) -> list[list[str]]:
     return [sample_cohort(run, MANY, round_index) for round_index in range(num_rounds)]
 
 
+def test_clients_are_told_how_often_they_took_part() -> None:
+    """So that a client goes on in its rows where it stopped, whatever rounds it was left out of."""
+    told: dict[str, list[int]] = {}
+
+    class Listening(FakeEngine):
+        def run(self, tasks: Sequence[ClientTask]) -> Iterator[ClientUpdate | ClientFailure]:
+            for task in tasks:
+                told.setdefault(task.client, []).append(task.num_earlier)
+            return super().run(tasks)
+
+    engine, settings = Listening(), config(rounds=9, cohort={"size": 2})
+    train(settings, engine, ServerState(0, random_adapter(0)), lambda state, record: None)
+    assert len(told) == len(engine.client_ids())
+    assert all(counts == list(range(len(counts))) for counts in told.values())
+
+
 def test_cohorts_are_drawn_without_replacement_in_client_order() -> None:
     for cohort in cohorts(seed=0, num_rounds=50):
         assert len(cohort) == 5

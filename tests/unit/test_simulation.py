@@ -34,17 +34,25 @@ def tuned(monkeypatch: pytest.MonkeyPatch) -> list[TuningTask]:
     return seen
 
 
-def run(tuned: list[TuningTask], client: dict[str, Any], round_index: int, seed: int = 0) -> list[Any]:
+def run(
+    tuned: list[TuningTask], client: dict[str, Any], round_index: int, seed: int = 0, num_earlier: int = 0
+) -> list[Any]:
     load_plugins()
     config = RunConfig.model_validate({"seed": seed, "rounds": 7, "client": client})
     engine = simulation.Simulation(config, model=None, clients={"a": [ROW] * 10, "b": [ROW] * 3, "c": [ROW]})  # pyright: ignore[reportArgumentType]
     assert engine.client_ids() == ["a", "b", "c"]
-    return list(engine.run([ClientTask(name, round_index, ADAPTER) for name in engine.client_ids()]))
+    return list(engine.run([ClientTask(name, round_index, ADAPTER, num_earlier) for name in engine.client_ids()]))
 
 
 def test_a_round_is_the_next_part_of_the_training(tuned: list[TuningTask]) -> None:
     run(tuned, {"local_steps": 5, "batch_size": 4}, round_index=3)
     assert {(task.first_step, task.num_steps, task.total_steps) for task in tuned} == {(15, 5, 35)}
+
+
+def test_a_client_goes_on_where_its_own_last_round_stopped(tuned: list[TuningTask]) -> None:
+    """The rates follow the rounds of the run, the rows those that sampled the client."""
+    run(tuned, {"local_steps": 5, "batch_size": 4}, round_index=3, num_earlier=2)
+    assert {(task.first_step, task.first_batch) for task in tuned} == {(15, 10)}
 
 
 def test_epochs_are_steps_of_the_client_s_own_size(tuned: list[TuningTask]) -> None:
