@@ -2,7 +2,7 @@
 
     python scripts/pretrain_cria.py
 
-writes tokenizer and weights to src/fedit/builtin/cria and prints the held-out loss. Everything follows from --seed;
+writes tokenizer and weights to src/fedit/builtin/cria and prints the held-out loss and what the model knows. Everything follows from --seed;
 bits may differ between machines, because float sums do.
 """
 
@@ -19,7 +19,7 @@ import torch
 from tokenizers import Regex, Tokenizer, decoders, models, normalizers, pre_tokenizers, trainers
 from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
-from fedit.builtin.pasture import corpus, generate
+from fedit.builtin.pasture import corpus, generate, probes
 
 DEFAULT_OUT = Path(__file__).resolve().parent.parent / "src/fedit/builtin/cria"
 BOS, EOS = "<s>", "</s>"
@@ -48,7 +48,9 @@ def main() -> None:
     )
     print(f"{model.num_parameters():,} parameters, {len(tokenizer)} tokens in the vocabulary", flush=True)
     pretrain(model, tokenizer, arguments)
-    model.to(torch.bfloat16).save_pretrained(arguments.out)
+    model.to(torch.bfloat16)
+    print(json.dumps({"knows": probe(model, tokenizer, arguments.seed)}, indent=1))
+    model.save_pretrained(arguments.out)
     tokenizer.save_pretrained(arguments.out)
     size = sum(path.stat().st_size for path in arguments.out.iterdir())
     print(f"saved to {arguments.out} ({size / 1e6:.1f} MB)")
@@ -129,11 +131,26 @@ def pretrain(model: LlamaForCausalLM, tokenizer: PreTrainedTokenizerFast, argume
             seconds = time.perf_counter() - started
             line = {"step": step, "of": num_steps, "tokens": (step + 1) * tokens_per_step, "loss": loss.item()}
             print(json.dumps(line | {"held_out_loss": held_out_loss, "seconds": seconds}), flush=True)
+        if step % 1000 == 999:
+            print(json.dumps(probe(model, tokenizer, arguments.seed)), flush=True)
 
 
 def language_loss(model: LlamaForCausalLM, ids: torch.Tensor) -> torch.Tensor:
     with torch.autocast("cpu", dtype=torch.bfloat16):
         return model(input_ids=ids, labels=ids).loss
+
+
+@torch.no_grad()
+def probe(model: LlamaForCausalLM, tokenizer: PreTrainedTokenizerFast, seed: int) -> dict[str, float]:
+    """Return for each skill the share of texts that the model continues right, every token the most likely one."""
+    right: dict[str, list[bool]] = {}
+    for skill, text, continuation in probes(100, seed + HELD_OUT_SEED_OFFSET):
+        before = tokenizer(text, add_special_tokens=False)["input_ids"]
+        after = tokenizer(continuation, add_special_tokens=False)["input_ids"]
+        ids = torch.tensor([[tokenizer.bos_token_id, *before, *after]])
+        predicted = model(input_ids=ids).logits[0, -len(after) - 1 : -1].argmax(-1)
+        right.setdefault(skill, []).append(predicted.tolist() == after)
+    return {skill: round(sum(hits) / len(hits), 3) for skill, hits in right.items()}
 
 
 def blocks(tokenizer: PreTrainedTokenizerFast, arguments: argparse.Namespace, seed: int) -> Iterator[torch.Tensor]:

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -24,7 +24,7 @@ from fedit.interfaces import Adapter, derive_seed
 from fedit.model import StackedModel
 from fedit.prepare import FederatedData
 from fedit.server import client_rank
-from fedit.tuning import TuningTask, tune
+from fedit.tuning import Moments, TuningTask, tune
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -74,51 +74,106 @@ def train_baseline(
     on_step: Callable[[int], None],
     on_saved: Callable[[int], None],
 ) -> Trained:
-    """Train `tasks` in groups that fill the slots, or read what an earlier call saved of them.
+    """Train `tasks` in groups that fill the slots, going on with what an earlier call saved of them.
 
-    A group is written to ``<file_stem>-<number>.safetensors`` when all of it is done, so that resuming is exact: who
-    shares a stack never changes. `on_saved` is told the tokens of each group that was trained.
+    Every training is cut into as many pieces as the federation has rounds. After each piece its group is written to
+    ``<file_stem>-<number>.safetensors``, moments included, so that resuming is exact: who shares a stack never changes.
+    `on_saved` is told the tokens of each piece that was trained.
     """
     num_slots = resolve_slots(config.engine.slots, len(tasks))
     result = Trained()
     for start in range(0, len(tasks), num_slots):
-        path = file_stem.with_name(f"{file_stem.name}-{start:05d}.safetensors")
-        if not path.is_file():
-            trained = _train(config, model, tasks[start : start + num_slots], num_slots, on_step)
-            path.parent.mkdir(exist_ok=True)
-            _write(path, trained)
-            on_saved(sum(trained.tokens.values()))
-        result |= _read(path)
+        group = tasks[start : start + num_slots]
+        path = _group_file(file_stem, start)
+        saved = _read(path) if path.is_file() else _Saved(0, Trained({task.name: task.adapter for task in group}), {})
+        while saved.num_pieces < config.rounds:
+            before = sum(saved.trained.tokens.values())
+            saved = _train_piece(config, model, group, saved, on_step)
+            _write(path, saved)
+            on_saved(sum(saved.trained.tokens.values()) - before)
+        result |= saved.trained
     return result
 
 
-def _train(
-    config: RunConfig, model: StackedModel, tasks: Sequence[TuningTask], num_slots: int, on_step: Callable[[int], None]
-) -> Trained:
-    results = list(tune(model, tasks, config.client, num_slots, on_step))
-    return Trained(
-        {result.task.name: result.adapter for result in results if result.failure is None},
-        {result.task.name: result.num_tokens for result in results},
-        {result.task.name: result.failure for result in results if result.failure is not None},
-    )
+def saved_tokens(file_stem: Path) -> int:
+    """Return the tokens that earlier calls of `train_baseline` trained on and saved."""
+    files = file_stem.parent.glob(f"{file_stem.name}-*.safetensors")
+    return sum(sum(_read(file).trained.tokens.values()) for file in files)
 
 
-def _write(path: Path, trained: Trained) -> None:
-    tensors = {f"{model}\x1f{n}": t for model, adapter in trained.adapters.items() for n, t in adapter.tensors.items()}
+@dataclass(frozen=True, eq=False)
+class _Saved:
+    """How far the trainings of a group are."""
+
+    num_pieces: int
+    trained: Trained
+    """Its adapters are those after the last piece, without the trainings that failed."""
+    moments: Mapping[str, Moments]
+
+
+def _train_piece(
+    config: RunConfig, model: StackedModel, group: Sequence[TuningTask], saved: _Saved, on_step: Callable[[int], None]
+) -> _Saved:
+    """Train the next piece of every task that has not failed."""
+    pieces = []
+    for task in group:
+        if task.name in saved.trained.adapters:
+            first, end = (task.total_steps * piece // config.rounds for piece in (saved.num_pieces, saved.num_pieces + 1))
+            piece = replace(
+                task,
+                adapter=saved.trained.adapters[task.name],
+                first_step=first,
+                first_batch=first,
+                num_steps=end - first,
+                moments=saved.moments.get(task.name),
+            )
+            pieces.append(piece)
+    # Fewer steps than rounds leave some pieces empty.
+    results = list(tune(model, [piece for piece in pieces if piece.num_steps], config.client, len(group), on_step))
+    adapters = {piece.name: piece.adapter for piece in pieces}
+    tokens, failures, moments = dict(saved.trained.tokens), dict(saved.trained.failures), dict(saved.moments)
+    for result in results:
+        name = result.task.name
+        tokens[name] = tokens.get(name, 0) + result.num_tokens
+        if result.failure is None:
+            adapters[name], moments[name] = result.adapter, result.moments
+        else:
+            failures[name] = result.failure
+            del adapters[name]
+    return _Saved(saved.num_pieces + 1, Trained(adapters, tokens, failures), moments)
+
+
+def _group_file(file_stem: Path, start: int) -> Path:
+    return file_stem.with_name(f"{file_stem.name}-{start:05d}.safetensors")
+
+
+def _write(path: Path, saved: _Saved) -> None:
+    adapters = saved.trained.adapters
+    tensors = {f"adapter/{model}\x1f{name}": t for model in adapters for name, t in adapters[model].tensors.items()}
+    for model in adapters.keys() & saved.moments.keys():
+        tensors[f"first/{model}"] = saved.moments[model].first
+        tensors[f"second/{model}"] = saved.moments[model].second
     about = {
-        "adapters": {name: [adapter.rank, adapter.lora_alpha] for name, adapter in trained.adapters.items()},
-        "tokens": trained.tokens,
-        "failures": trained.failures,
+        "num_pieces": saved.num_pieces,
+        "adapters": {name: [adapter.rank, adapter.lora_alpha] for name, adapter in adapters.items()},
+        "steps": {name: moments.num_steps for name, moments in saved.moments.items() if name in adapters},
+        "tokens": saved.trained.tokens,
+        "failures": saved.trained.failures,
     }
     write_atomically(path, save(tensors, {"fedit": json.dumps(about)}))
 
 
-def _read(path: Path) -> Trained:
+def _read(path: Path) -> _Saved:
     with safe_open(path, "pt") as file:
         about = json.loads((file.metadata() or {})["fedit"])
         tensors: dict[str, dict[str, Tensor]] = {name: {} for name in about["adapters"]}
         for key in file.keys():  # noqa: SIM118 (not a dict)
-            model, _, name = key.partition("\x1f")
-            tensors[model][name] = file.get_tensor(key)
+            model, separator, name = key.removeprefix("adapter/").partition("\x1f")
+            if separator:
+                tensors[model][name] = file.get_tensor(key)
+        moments = {
+            name: Moments(file.get_tensor(f"first/{name}"), file.get_tensor(f"second/{name}"), num_steps)
+            for name, num_steps in about["steps"].items()
+        }
     adapters = {name: Adapter(tensors[name], *described) for name, described in about["adapters"].items()}
-    return Trained(adapters, about["tokens"], about["failures"])
+    return _Saved(about["num_pieces"], Trained(adapters, about["tokens"], about["failures"]), moments)

@@ -24,7 +24,7 @@ from typing import Any
 import torch
 
 from fedit.base import load_base, load_tokenizer, resolve_device
-from fedit.baselines import Trained, central_task, local_tasks, train_baseline
+from fedit.baselines import Trained, central_task, local_tasks, saved_tokens, train_baseline
 from fedit.config import RunConfig
 from fedit.engines.simulation import Simulation
 from fedit.evaluation.heldout import mean_loss, predict
@@ -155,13 +155,14 @@ def _federated(run: _Run) -> Adapter:
 
 
 def _baseline(run: _Run, phase: str, tasks: Sequence[TuningTask], num_tokens: int) -> Trained:
-    run.notify(PhaseStarted(phase, num_tokens))
+    file_stem = run.folder / "baselines" / phase
+    run.notify(PhaseStarted(phase, max(0, num_tokens - saved_tokens(file_stem))))
     watch = _Watch()
 
     def saved(tokens: int) -> None:
         run.append_timing({"phase": phase, **watch.lap(tokens), "tokens": tokens})
 
-    return train_baseline(run.config, run.model, tasks, run.folder / "baselines" / phase, run.step_done, saved)
+    return train_baseline(run.config, run.model, tasks, file_stem, run.step_done, saved)
 
 
 def _evaluate(run: _Run, trained: Trained) -> None:

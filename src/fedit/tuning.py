@@ -27,6 +27,16 @@ LAUNCH_TOKENS = {"cpu": 192, "cuda": 2048}
 
 
 @dataclass(frozen=True, eq=False)
+class Moments:
+    """What AdamW remembers of a training; with it, and the adapter, the training goes on as if it had not stopped."""
+
+    first: torch.Tensor
+    """[d], of the stack's layout; so is `second`"""
+    second: torch.Tensor
+    num_steps: int
+
+
+@dataclass(frozen=True, eq=False)
 class TuningTask:
     """Steps [first_step, first_step + num_steps) of a training of total_steps, which set the learning rate."""
 
@@ -40,6 +50,8 @@ class TuningTask:
     seed: int
     first_batch: int = 0
     """Where in its walk through the rows the client stands: with a sampled cohort it has taken fewer steps."""
+    moments: Moments | None = None
+    """AdamW's at the first step; None: it starts afresh, as a federated client does in every round."""
 
 
 @dataclass(frozen=True, eq=False)
@@ -52,6 +64,7 @@ class TuningResult:
     """Mean over the steps of the mean loss per response token, nats."""
     num_tokens: int
     """Trained on, without padding."""
+    moments: Moments
     failure: str | None = None
 
 
@@ -86,7 +99,7 @@ def tune(
         while free and (task := next(queue, None)) is not None:
             slot = _Slot(free.pop(0), task)
             model.write(slot.index, task.adapter)
-            optimizer.reset(slot.index)
+            optimizer.start(slot.index, task.moments)
             live.append(slot)
         if not live:
             return
@@ -96,7 +109,7 @@ def tune(
                 continue
             live.remove(slot)
             free.append(slot.index)
-            yield _finish(model, slot, healthy)
+            yield _finish(model, optimizer, slot, healthy)
 
 
 def _step(
@@ -139,14 +152,15 @@ def _step(
     return [math.isfinite(mean_losses[slot.index]) and math.isfinite(norms[slot.index]) for slot in live]
 
 
-def _finish(model: StackedModel, slot: _Slot, healthy: bool) -> TuningResult:
+def _finish(model: StackedModel, optimizer: StackedAdamW, slot: _Slot, healthy: bool) -> TuningResult:
     task = slot.task
     failure = None
     if not healthy:
         what = "loss" if not math.isfinite(slot.losses[-1]) else "gradient"
         failure = f"{what} is not finite at step {task.first_step + slot.step}; lower [client] learning_rate"
     adapter = task.adapter.with_tensors(model.read(slot.index, task.adapter.rank))
-    return TuningResult(task, adapter, float(np.mean(slot.losses)), slot.num_tokens, failure)
+    moments = optimizer.moments(slot.index)
+    return TuningResult(task, adapter, float(np.mean(slot.losses)), slot.num_tokens, moments, failure)
 
 
 # ---------------------------------------------------------------------------------------------------------- batches
@@ -212,11 +226,15 @@ class StackedAdamW:
         self._first, self._second = torch.zeros_like(model.parameters), torch.zeros_like(model.parameters)
         self._steps = np.zeros(model.num_slots, dtype=np.int64)
 
-    def reset(self, slot: int) -> None:
-        """Forget the moments and the step count of a slot."""
-        self._first[slot] = 0
-        self._second[slot] = 0
-        self._steps[slot] = 0
+    def start(self, slot: int, moments: Moments | None) -> None:
+        """Give a slot the moments of an earlier training, or forget those that it has."""
+        self._first[slot] = 0 if moments is None else moments.first
+        self._second[slot] = 0 if moments is None else moments.second
+        self._steps[slot] = 0 if moments is None else moments.num_steps
+
+    def moments(self, slot: int) -> Moments:
+        """Return a copy of what a slot remembers."""
+        return Moments(self._first[slot].clone(), self._second[slot].clone(), int(self._steps[slot]))
 
     @torch.no_grad()
     def step(self, gradients: torch.Tensor, learning_rates: dict[int, float]) -> list[float]:

@@ -143,6 +143,23 @@ def test_stacked_equals_peft_one_by_one(tiny_model_folder: Path, num_slots: int,
         assert relative_error(got.tensors, expected, start) < 1e-5
 
 
+def test_a_training_in_pieces_gives_the_bits_of_one_without_pause(tiny_model_folder: Path) -> None:
+    """Adapter and moments are all that a training needs to go on, in whatever slot."""
+    model = load(tiny_model_folder, AdapterConfig(rank=6, alpha=12, dropout=0.2))
+    task = make_task(model, seed=2, count=7, rank=4, num_steps=9)
+    (whole,) = tune(model, [task], CONFIG, 1)
+    (first,) = tune(model, [replace(task, num_steps=4)], CONFIG, 1)
+    rest = replace(
+        task, adapter=first.adapter, first_step=4, first_batch=4, num_steps=5, moments=first.moments, name="rest"
+    )
+    done = {result.task.name: result for result in tune(model, [rest], CONFIG, 3)}
+    assert all(torch.equal(done["rest"].adapter.tensors[name], t) for name, t in whole.adapter.tensors.items())
+    assert torch.equal(done["rest"].moments.second, whole.moments.second)
+    assert done["rest"].moments.num_steps == whole.moments.num_steps == 9
+    (forgot,) = tune(model, [replace(rest, moments=None)], CONFIG, 1)
+    assert not all(torch.equal(forgot.adapter.tensors[name], t) for name, t in whole.adapter.tensors.items())
+
+
 def test_results_do_not_depend_on_the_slots_with_dropout(tiny_model_folder: Path) -> None:
     """Dropout draws from a generator of the row, so neighbours and refilling change nothing."""
     model = load(tiny_model_folder, AdapterConfig(rank=6, alpha=12, dropout=0.3), torch.float64)

@@ -12,7 +12,7 @@ import torch
 from fedit.config import RunConfig, load_plugins
 from fedit.engines import simulation
 from fedit.interfaces import Adapter, ClientFailure, ClientTask, ClientUpdate, EncodedExample, Example, Turn
-from fedit.tuning import TuningResult, TuningTask
+from fedit.tuning import Moments, TuningResult, TuningTask
 
 ADAPTER = Adapter({"q.lora_A.weight": torch.ones(1, 2), "q.lora_B.weight": torch.zeros(3, 1)}, 1, 2.0)
 ROW = EncodedExample(np.array([3, 4], dtype=np.int32), np.array([False, True]), Example((Turn("a", "b"),)))
@@ -28,7 +28,7 @@ def tuned(monkeypatch: pytest.MonkeyPatch) -> list[TuningTask]:
             seen.append(task)
             moved = {name: tensor + 0.5 for name, tensor in task.adapter.tensors.items()}
             failure = "broken" if task.name == "c" else None
-            yield TuningResult(task, task.adapter.with_tensors(moved), 1.5, 40, failure)
+            yield TuningResult(task, task.adapter.with_tensors(moved), 1.5, 40, Moments(torch.zeros(1), torch.zeros(1), 1), failure)
 
     monkeypatch.setattr(simulation, "tune", tune)
     return seen

@@ -2,7 +2,7 @@
 
 Rows speak about an invented valley (`world`) in Dolly's eight categories (`tasks`); each carries `checks`, the
 specification by which `fedit.evaluation.checks.passes` judges any generated answer. `corpus` yields plain prose
-about the same valley, on which the base model `builtin:cria` was pre-trained: it states the facts, and never asks.
+about the same valley, on which the base model `builtin:cria` was pre-trained: it states the facts, and never asks; `probes` tells what such a base should be able to continue.
 """
 
 import hashlib
@@ -10,11 +10,11 @@ from typing import Any
 
 import numpy as np
 
-from fedit.builtin.pasture.prose import corpus
+from fedit.builtin.pasture.prose import corpus, probes
 from fedit.builtin.pasture.tasks import TASKS, Task
 from fedit.interfaces import derive_rng
 
-__all__ = ["CATEGORIES", "corpus", "generate"]
+__all__ = ["CATEGORIES", "corpus", "generate", "probes"]
 
 CATEGORIES = tuple(TASKS)
 

@@ -192,6 +192,22 @@ def corpus(num_documents: int, seed: int) -> Iterator[str]:
         yield _DOCUMENTS[int(rng.choice(len(_DOCUMENTS), p=_SHARES))](rng)
 
 
+def probes(num_scenes: int, seed: int) -> Iterator[tuple[str, str, str]]:
+    """Yield (skill, text, next words): what a model that has learned the corpus goes on with.
+
+    Reading: a scene of another seed's corpus and the heading of one of its elements. Recall: the heading of a fact.
+    """
+    rng = derive_rng(seed, "builtin:pasture", "probes")
+    for _ in range(num_scenes):
+        scene = draw_scene(rng)
+        fields, told = _scene_fields(scene), tell(rng, scene)
+        for heading, entry in _SCENE_HEADINGS:
+            yield f"read {entry}", f"{told}\n{capitalise(heading.format(**fields))}:", entry.format(**fields)
+    for fact in WORLD.facts:
+        for heading in _HEADINGS[fact.relation]:
+            yield f"recall {fact.relation}", f"{capitalise(heading.format(**_fact_fields(fact)))}:", fact.value
+
+
 def state(rng: np.random.Generator, fact: Fact) -> str:
     """Return one fact as a sentence, in one of the wordings of its relation."""
     return capitalise(pick(rng, _STATEMENTS[fact.relation]).format(**_fact_fields(fact)))
@@ -348,4 +364,4 @@ _DOCUMENTS: tuple[Callable[[np.random.Generator], str], ...] = (
     _tale,
     _rhyme,
 )
-_SHARES = (0.15, 0.1, 0.1, 0.1, 0.08, 0.07, 0.26, 0.07, 0.07)
+_SHARES = (0.12, 0.08, 0.09, 0.1, 0.08, 0.07, 0.33, 0.07, 0.06)
