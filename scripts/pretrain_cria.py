@@ -2,8 +2,8 @@
 
     python scripts/pretrain_cria.py
 
-writes tokenizer and weights to src/fedit/builtin/cria and prints the held-out loss and what the model knows. Everything follows from --seed;
-bits may differ between machines, because float sums do.
+writes tokenizer and weights to src/fedit/builtin/cria and prints the held-out loss and what the model knows. Everything
+follows from --seed; bits may differ between machines, because float sums do.
 """
 
 import argparse

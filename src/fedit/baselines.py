@@ -118,7 +118,9 @@ def _train_piece(
     pieces = []
     for task in group:
         if task.name in saved.trained.adapters:
-            first, end = (task.total_steps * piece // config.rounds for piece in (saved.num_pieces, saved.num_pieces + 1))
+            first, end = (
+                task.total_steps * piece // config.rounds for piece in (saved.num_pieces, saved.num_pieces + 1)
+            )
             piece = replace(
                 task,
                 adapter=saved.trained.adapters[task.name],

@@ -28,7 +28,8 @@ def tuned(monkeypatch: pytest.MonkeyPatch) -> list[TuningTask]:
             seen.append(task)
             moved = {name: tensor + 0.5 for name, tensor in task.adapter.tensors.items()}
             failure = "broken" if task.name == "c" else None
-            yield TuningResult(task, task.adapter.with_tensors(moved), 1.5, 40, Moments(torch.zeros(1), torch.zeros(1), 1), failure)
+            moments = Moments(torch.zeros(1), torch.zeros(1), 1)
+            yield TuningResult(task, task.adapter.with_tensors(moved), 1.5, 40, moments, failure)
 
     monkeypatch.setattr(simulation, "tune", tune)
     return seen

@@ -2,7 +2,8 @@
 
 Rows speak about an invented valley (`world`) in Dolly's eight categories (`tasks`); each carries `checks`, the
 specification by which `fedit.evaluation.checks.passes` judges any generated answer. `corpus` yields plain prose
-about the same valley, on which the base model `builtin:cria` was pre-trained: it states the facts, and never asks; `probes` tells what such a base should be able to continue.
+about the same valley, on which the base model `builtin:cria` was pre-trained: it states the facts, and never
+asks; `probes` tells what such a base should be able to continue.
 """
 
 import hashlib

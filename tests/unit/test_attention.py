@@ -1,0 +1,73 @@
+"""Blocked causal attention against the formula, and in a model against transformers' plain attention."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+import torch
+from transformers import AutoModelForCausalLM
+
+from fedit.attention import BLOCK, NAME, BlockedCausalAttention, blocked_attention
+from fedit.base import load_base
+from fedit.config import ModelConfig
+
+
+def plain(query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, scaling: float) -> torch.Tensor:
+    shared = query.shape[1] // key.shape[1]
+    key, value = (x.repeat_interleave(shared, dim=1) for x in (key, value))
+    later = torch.ones(query.shape[2], query.shape[2], dtype=torch.bool).triu(1)
+    scores = (scaling * query @ key.mT).masked_fill(later, -torch.inf)
+    return (scores.softmax(-1) @ value).transpose(1, 2)
+
+
+@pytest.mark.parametrize("length", [1, 5, BLOCK, BLOCK + 1, 2 * BLOCK + 7])
+@pytest.mark.parametrize(("heads", "groups"), [(4, 4), (6, 2), (3, 1)])
+def test_equals_the_formula_with_its_gradients(length: int, heads: int, groups: int) -> None:
+    generator = torch.Generator().manual_seed(length)
+
+    def draw(num_heads: int, width: int) -> torch.Tensor:
+        """As models make them: [R, T, H, D], seen as [R, H, T, D]."""
+        drawn = torch.randn(2, length, num_heads, width, generator=generator, dtype=torch.float64)
+        return drawn.transpose(1, 2).requires_grad_()
+
+    inputs = draw(heads, 8), draw(groups, 8), draw(groups, 5)
+    got = BlockedCausalAttention.apply(*inputs, 0.3)
+    expected = plain(*inputs, 0.3)
+    assert isinstance(got, torch.Tensor)
+    torch.testing.assert_close(got, expected)
+    weight = torch.randn(expected.shape, generator=generator, dtype=torch.float64)
+    for ours, theirs in zip(
+        torch.autograd.grad((got * weight).sum(), inputs),
+        torch.autograd.grad((expected * weight).sum(), inputs),
+        strict=True,
+    ):
+        torch.testing.assert_close(ours, theirs)
+
+
+def test_a_cpu_base_uses_it_and_gives_the_logits_of_plain_attention(tiny_model_folder: Path) -> None:
+    """Without a mask in blocks; with padding on the left, and token by token with a cache, through torch's."""
+    base = load_base(ModelConfig(path=str(tiny_model_folder), dtype="float32"), torch.device("cpu"))
+    assert base.config._attn_implementation == NAME
+    eager = AutoModelForCausalLM.from_pretrained(tiny_model_folder, attn_implementation="eager")
+    ids = torch.randint(3, 200, (2, 90), generator=torch.Generator().manual_seed(0))
+    mask = torch.ones_like(ids)
+    mask[0, :30] = 0
+    for options in ({"use_cache": False}, {"attention_mask": mask}):
+        got, expected = (model(input_ids=ids, **options).logits for model in (base, eager))
+        torch.testing.assert_close(got[1], expected[1], rtol=1e-4, atol=1e-5)
+        torch.testing.assert_close(got[0, 30:], expected[0, 30:], rtol=1e-4, atol=1e-5)
+    cached = base(input_ids=ids[:, :60], use_cache=True).past_key_values
+    stepwise = base(input_ids=ids[:, 60:61], past_key_values=cached, use_cache=True).logits
+    torch.testing.assert_close(stepwise[:, 0], eager(input_ids=ids).logits[:, 60], rtol=1e-4, atol=1e-5)
+
+
+def test_packed_rows_are_kept_apart(tiny_model_folder: Path) -> None:
+    """Positions that start again mean another sequence: transformers then gives a mask, which must be obeyed."""
+    base = load_base(ModelConfig(path=str(tiny_model_folder), dtype="float32"), torch.device("cpu"))
+    base.set_attn_implementation(blocked_attention())
+    ids = torch.randint(3, 200, (1, 30), generator=torch.Generator().manual_seed(1))
+    positions = torch.cat([torch.arange(12), torch.arange(18)])[None]
+    packed = base(input_ids=ids, position_ids=positions, use_cache=False).logits
+    alone = base(input_ids=ids[:, 12:], use_cache=False).logits
+    torch.testing.assert_close(packed[:, 12:], alone, rtol=1e-4, atol=1e-5)
