@@ -59,7 +59,7 @@ class BlockedCausalAttention(torch.autograd.Function):
         for (start, end), seen in zip(_blocks(length), probabilities, strict=True):
             queries, answers = _flat(query[..., start:end, :], 2), _flat(of_output[..., start:end, :], 2)
             of_seen = answers @ _flat(value[:, :, :end]).mT
-            of_scores = torch._softmax_backward_data(of_seen, seen, -1, seen.dtype)
+            of_scores = torch.ops.aten._softmax_backward_data(of_seen, seen, -1, seen.dtype)
             block = (of_scores @ _flat(key[:, :, :end])).mul_(ctx.scaling)
             of_query[..., start:end, :] = block.view(rows, groups, shared, end - start, width)
             of_key[:, :, :end] += (of_scores.mT @ queries).view(rows, groups, end, width)
