@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -75,6 +76,15 @@ def load_base(config: ModelConfig, device: torch.device) -> PreTrainedModel:
     base.eval()
     base.to(device)  # pyright: ignore[reportArgumentType] (transformers' annotation hides torch's)
     return base
+
+
+def weights_digest(base: PreTrainedModel) -> str:
+    """Return the SHA-256 of the names, types, shapes and bits of all weights."""
+    digest = hashlib.sha256()
+    for name, weight in base.state_dict().items():
+        digest.update(f"{name} {weight.dtype} {tuple(weight.shape)}\n".encode())
+        digest.update(weight.detach().cpu().contiguous().view(-1).view(torch.uint8).numpy())
+    return digest.hexdigest()
 
 
 def _not_loaded(path: str, what: str, error: Exception) -> str:

@@ -23,7 +23,7 @@ from typing import Any
 
 import torch
 
-from fedit.base import load_base, load_tokenizer, resolve_device
+from fedit.base import load_base, load_tokenizer, resolve_device, weights_digest
 from fedit.baselines import Trained, central_task, local_tasks, saved_tokens, train_baseline
 from fedit.config import RunConfig
 from fedit.engines.simulation import Simulation
@@ -31,7 +31,7 @@ from fedit.evaluation.heldout import mean_loss, predict
 from fedit.evaluation.metrics import Prediction, summarise
 from fedit.export import save_adapter
 from fedit.files import append_line, keep_lines, write_atomically, write_json
-from fedit.interfaces import Adapter, ConfigError, DataError, EncodedExample, derive_rng
+from fedit.interfaces import Adapter, ConfigError, DataError, EncodedExample, EngineError, derive_rng
 from fedit.model import StackedModel
 from fedit.prepare import FederatedData
 from fedit.report import RunFolder, write_report
@@ -109,8 +109,10 @@ def run_experiment(
         RoundError: a round could not be completed. Whatever is raised, calling again goes on from what was saved.
     """
     device = resolve_device(config.engine.device)
-    model = StackedModel(load_base(config.model, device), load_tokenizer(config.model.path), config.adapter)
-    _start_folder(folder, data, describe_run(config, model, recipe, plugin_files))
+    base = load_base(config.model, device)
+    digest = weights_digest(base)
+    model = StackedModel(base, load_tokenizer(config.model.path), config.adapter)
+    _start_folder(folder, data, describe_run(config, model, digest, recipe, plugin_files))
     run = _Run(config, folder, data, model, model.fresh_adapter(derive_rng(config.seed, "adapter")), notify)
 
     federated = _federated(run)
@@ -213,7 +215,9 @@ def check_folder(folder: Path, config: RunConfig, *, resume: bool) -> None:
         ) from error
 
 
-def describe_run(config: RunConfig, model: StackedModel, recipe: str, plugin_files: Sequence[Path]) -> dict[str, Any]:
+def describe_run(
+    config: RunConfig, model: StackedModel, weights_digest: str, recipe: str, plugin_files: Sequence[Path]
+) -> dict[str, Any]:
     """Return the content of config.json."""
     return {
         "config": config.to_json(),
@@ -229,18 +233,32 @@ def describe_run(config: RunConfig, model: StackedModel, recipe: str, plugin_fil
         "model": {
             "parameters": sum(p.numel() for p in model.base.parameters() if not p.requires_grad),
             "adapter_parameters": model.num_parameters,
+            "weights_sha256": weights_digest,
         },
     }
 
 
 def _start_folder(folder: Path, data: FederatedData, described: Mapping[str, Any]) -> None:
-    """Write config.json and partition.json, or make sure that those of a resumed run still hold."""
+    """Write config.json and partition.json, or make sure that those of a resumed run still hold.
+
+    Raises:
+        DataError, EngineError: the rows, the base's weights or its precision are others than the run was started with.
+    """
     folder.mkdir(parents=True, exist_ok=True)
     partition = folder / "partition.json"
     if not partition.is_file():
         write_json(folder / "config.json", described)
         write_json(partition, data.summary)
-    elif json.loads(partition.read_text(encoding="utf-8"))["fingerprint"] != data.summary["fingerprint"]:
+        return
+    started = json.loads((folder / "config.json").read_text(encoding="utf-8"))
+    for what, table, key in (("weights", "model", "weights_sha256"), ("precision", "hardware", "dtype")):
+        if started[table].get(key) != described[table][key]:
+            raise EngineError(
+                f"{folder} was started on a base of other {what}: [model] path = "
+                f"{described['config']['model']['path']!r} has {key} {described[table][key]} now and had "
+                f"{started[table].get(key)}. Restore the base (or the kind of machine), or start a new run."
+            )
+    if json.loads(partition.read_text(encoding="utf-8"))["fingerprint"] != data.summary["fingerprint"]:
         raise DataError(
             f"{folder} was started on other rows: what [data] path = {described['config']['data']['path']!r} gives now "
             "differs. Restore the data, or start a new run."

@@ -272,6 +272,22 @@ def test_resuming_on_other_rows_is_refused(folder, fedit, uninterrupted, killed)
     assert_same_results(killed, uninterrupted)
 
 
+def test_resuming_on_another_base_is_refused(fedit, tiny_model_folder, uninterrupted, killed) -> None:
+    weights = tiny_model_folder / "model.safetensors"
+    before, content = contents(killed), weights.read_bytes()
+    try:
+        weights.write_bytes(content[:-3] + bytes([content[-3] ^ 1]) + content[-2:])
+        refused = fedit("run", "--resume", killed)
+    finally:
+        weights.write_bytes(content)
+    assert refused.status == 1
+    assert "EngineError" in refused.output
+    assert "was started on a base of other weights" in refused.output
+    assert contents(killed) == before
+    assert fedit("run", "--resume", killed).status == 0
+    assert_same_results(killed, uninterrupted)
+
+
 @pytest.mark.parametrize("option", [["-o", "rounds=9"], ["--seed", "3"], ["--out", "elsewhere"], ["dolly"]])
 def test_resuming_with_another_configuration_is_refused(fedit, killed, option: list[str]) -> None:
     before = contents(killed)

@@ -6,8 +6,10 @@ import pytest
 import torch
 
 from fedit.aggregation import FedAvg, FedAvgM
-from fedit.config import parse_config
+from fedit.config import load_plugins, parse_config
 from fedit.interfaces import Adapter, ConfigError
+
+load_plugins()
 
 NAME = "layer.lora_A.weight"
 START = Adapter({NAME: torch.tensor([[1.0, -2.0]])}, 1, 1.0)
@@ -21,6 +23,8 @@ def test_fedavg_adds_the_aggregate() -> None:
     moved, state = FedAvg().apply(START, step(0.5, 4), {})
     assert moved.tensors[NAME].tolist() == [[1.5, 2.0]]
     assert state == {}
+    further, _ = FedAvg(learning_rate=3.0).apply(START, step(0.5, 4), {})
+    assert further.tensors[NAME].tolist() == [[2.5, 10.0]]
 
 
 def test_fedavgm_by_hand() -> None:
