@@ -116,6 +116,8 @@ class ClientConfig(Table):
     learning_rate: float = Field(default=1e-3, gt=0)
     schedule: Literal["constant", "linear", "cosine"] = "constant"
     """Of the learning rate over the whole run, not over a round: linear and cosine fall to zero at its end."""
+    moments: Literal["reset", "keep"] = "reset"
+    """AdamW's, at a client from one of its rounds to the next: start afresh, or go on (private state, on its disk)."""
     weight_decay: float = Field(default=0.0, ge=0)
     clip_norm: float | None = Field(default=1.0, gt=0)
     """L2 bound of a step's gradient over all adapter tensors of the client; ``"none"``: unbounded."""

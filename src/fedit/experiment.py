@@ -26,6 +26,7 @@ import torch
 from fedit.base import load_base, load_tokenizer, resolve_device, weights_digest
 from fedit.baselines import Trained, central_task, local_tasks, saved_tokens, train_baseline
 from fedit.config import RunConfig
+from fedit.engines.client_store import ClientStore
 from fedit.engines.simulation import Simulation
 from fedit.evaluation.heldout import mean_loss, predict
 from fedit.evaluation.metrics import Prediction, summarise
@@ -152,7 +153,7 @@ def _federated(run: _Run) -> Adapter:
     share = config.cohort.num_sampled(len(run.data.clients)) / len(run.data.clients)
     per_round = share * sum(_round_tokens(config, examples) for examples in run.data.clients.values())
     run.notify(PhaseStarted("federated", round((config.rounds - state.round_index) * per_round)))
-    engine = Simulation(config, run.model, run.data.clients, run.step_done)
+    engine = Simulation(config, run.model, run.data.clients, ClientStore(run.folder / "clients"), run.step_done)
     return train(config, engine, state, finish_round).adapter
 
 

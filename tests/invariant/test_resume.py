@@ -68,6 +68,7 @@ local_steps = 2
 batch_size = 3
 learning_rate = 1e-2
 schedule = "cosine"
+moments = "keep"
 [cohort]
 size = 3
 [aggregation]

@@ -437,8 +437,11 @@ def test_terminal_tables(tmp_path):
         "ROUGE-L",
         "Loss gap closed",
         "client_005",
-        "3 cut, 1 left out",
+        "Context cut",
+        "all masked",
+        "First row dropped of train: ",
         "rows.jsonl:7",
+        "Clients never sampled",
     ):
         assert words in text
 

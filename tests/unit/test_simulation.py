@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -11,6 +12,7 @@ import torch
 
 from fedit.config import RunConfig, load_plugins
 from fedit.engines import simulation
+from fedit.engines.client_store import ClientStore
 from fedit.interfaces import Adapter, ClientFailure, ClientTask, ClientUpdate, EncodedExample, Example, Turn
 from fedit.tuning import Moments, TuningResult, TuningTask
 
@@ -28,55 +30,78 @@ def tuned(monkeypatch: pytest.MonkeyPatch) -> list[TuningTask]:
             seen.append(task)
             moved = {name: tensor + 0.5 for name, tensor in task.adapter.tensors.items()}
             failure = "broken" if task.name == "c" else None
-            moments = Moments(torch.zeros(1), torch.zeros(1), 1)
+            before = task.moments or Moments(torch.zeros(1), torch.zeros(1), 0)
+            moments = Moments(before.first + 1, before.second + 2, before.num_steps + task.num_steps)
             yield TuningResult(task, task.adapter.with_tensors(moved), 1.5, 40, moments, failure)
 
     monkeypatch.setattr(simulation, "tune", tune)
     return seen
 
 
+@pytest.fixture
+def store(tmp_path: Path) -> ClientStore:
+    return ClientStore(tmp_path)
+
+
 def run(
-    tuned: list[TuningTask], client: dict[str, Any], round_index: int, seed: int = 0, num_earlier: int = 0
+    store: ClientStore, client: dict[str, Any], round_index: int, seed: int = 0, num_earlier: int = 0
 ) -> list[Any]:
     load_plugins()
     config = RunConfig.model_validate({"seed": seed, "rounds": 7, "client": client})
-    engine = simulation.Simulation(config, model=None, clients={"a": [ROW] * 10, "b": [ROW] * 3, "c": [ROW]})  # pyright: ignore[reportArgumentType]
+    clients = {"a": [ROW] * 10, "b": [ROW] * 3, "c": [ROW]}
+    engine = simulation.Simulation(config, None, clients, store)  # pyright: ignore[reportArgumentType]
     assert engine.client_ids() == ["a", "b", "c"]
     return list(engine.run([ClientTask(name, round_index, ADAPTER, num_earlier) for name in engine.client_ids()]))
 
 
-def test_a_round_is_the_next_part_of_the_training(tuned: list[TuningTask]) -> None:
-    run(tuned, {"local_steps": 5, "batch_size": 4}, round_index=3)
+def test_a_round_is_the_next_part_of_the_training(tuned: list[TuningTask], store: ClientStore) -> None:
+    run(store, {"local_steps": 5, "batch_size": 4}, round_index=3)
     assert {(task.first_step, task.num_steps, task.total_steps) for task in tuned} == {(15, 5, 35)}
 
 
-def test_a_client_goes_on_where_its_own_last_round_stopped(tuned: list[TuningTask]) -> None:
+def test_a_client_goes_on_where_its_own_last_round_stopped(tuned: list[TuningTask], store: ClientStore) -> None:
     """The rates follow the rounds of the run, the rows those that sampled the client."""
-    run(tuned, {"local_steps": 5, "batch_size": 4}, round_index=3, num_earlier=2)
+    run(store, {"local_steps": 5, "batch_size": 4}, round_index=3, num_earlier=2)
     assert {(task.first_step, task.first_batch) for task in tuned} == {(15, 10)}
 
 
-def test_epochs_are_steps_of_the_client_s_own_size(tuned: list[TuningTask]) -> None:
-    run(tuned, {"local_epochs": 2, "batch_size": 4}, round_index=3)
+def test_epochs_are_steps_of_the_client_s_own_size(tuned: list[TuningTask], store: ClientStore) -> None:
+    run(store, {"local_epochs": 2, "batch_size": 4}, round_index=3)
     parts = {task.name: (task.first_step, task.num_steps, task.total_steps) for task in tuned}
     assert parts == {"a": (18, 6, 42), "b": (6, 2, 14), "c": (6, 2, 14)}
 
 
-def test_seeds_are_the_client_s_and_the_run_s(tuned: list[TuningTask]) -> None:
+def test_seeds_are_the_client_s_and_the_run_s(tuned: list[TuningTask], store: ClientStore) -> None:
     for round_index, seed in ((0, 0), (1, 0), (0, 1)):
-        run(tuned, {"local_steps": 1}, round_index, seed)
+        run(store, {"local_steps": 1}, round_index, seed)
     seeds = [{task.name: task.seed for task in tuned[start : start + 3]} for start in (0, 3, 6)]
     assert seeds[0] == seeds[1]
     assert len({*seeds[0].values(), *seeds[2].values()}) == 6
 
 
-def test_answers_are_updates_or_failures(tuned: list[TuningTask]) -> None:
-    answers = {answer.client: answer for answer in run(tuned, {"local_steps": 1}, 0)}
+def test_answers_are_updates_or_failures(tuned: list[TuningTask], store: ClientStore) -> None:
+    answers = {answer.client: answer for answer in run(store, {"local_steps": 1}, 0)}
     assert answers["c"] == ClientFailure("c", "broken")
     update = answers["a"]
     assert isinstance(update, ClientUpdate)
     assert (update.num_examples, update.num_tokens, update.loss) == (10, 40, 1.5)
     assert all(torch.equal(tensor, torch.full_like(tensor, 0.5)) for tensor in update.update.tensors.values())
+
+
+def test_moments_are_each_client_s_own_and_forgotten_unless_kept(tuned: list[TuningTask], store: ClientStore) -> None:
+    for round_index in (0, 1):
+        run(store, {"local_steps": 3}, round_index)
+    assert [task.moments for task in tuned] == [None] * 6
+    tuned.clear()
+    for round_index in (0, 1, 4):
+        run(store, {"local_epochs": 1, "batch_size": 4, "moments": "keep"}, round_index)
+    received = [(task.name, task.moments.num_steps if task.moments else None) for task in tuned]
+    first, second, third = received[:3], received[3:6], received[6:]
+    assert first == [("c", None), ("b", None), ("a", None)]
+    assert second == [("c", None), ("b", 1), ("a", 3)]
+    assert third == [("c", None), ("b", 2), ("a", 6)]
+    assert tuned[-1].moments is not None
+    assert (tuned[-1].moments.first.item(), tuned[-1].moments.second.item()) == (2, 4)
 
 
 def test_slots() -> None:

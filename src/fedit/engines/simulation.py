@@ -4,28 +4,33 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
 
+import torch
+
 from fedit.config import RunConfig
+from fedit.engines.client_store import ClientStore
 from fedit.interfaces import ClientFailure, ClientTask, ClientUpdate, EncodedExample, derive_seed
 from fedit.model import StackedModel
-from fedit.tuning import TuningResult, TuningTask, tune
+from fedit.tuning import Moments, TuningResult, TuningTask, tune
 
 MAX_SLOTS = 16
 """Of ``slots = "auto"``: with more, the micro-batches are full already and only the optimizer state grows."""
 
 
 class Simulation:
-    """An `Engine` whose clients are lists of encoded examples."""
+    """An `Engine` whose clients are lists of encoded examples; what they keep between rounds is in `store`."""
 
     def __init__(
         self,
         config: RunConfig,
         model: StackedModel,
         clients: Mapping[str, Sequence[EncodedExample]],
+        store: ClientStore,
         on_step: Callable[[int], None] = lambda num_tokens: None,
     ) -> None:
         self._config = config
         self._model = model
         self._clients = clients
+        self._store = store
         self._on_step = on_step
 
     def client_ids(self) -> Sequence[str]:
@@ -34,6 +39,8 @@ class Simulation:
     def run(self, tasks: Sequence[ClientTask]) -> Iterator[ClientUpdate | ClientFailure]:
         """Yield the clients' results as their slots finish."""
         rounds = self._config.rounds
+        keeps_moments = self._config.client.moments == "keep"
+        round_of = {task.client: task.round_index for task in tasks}
         tuning_tasks = []
         for task in tasks:
             examples = self._clients[task.client]
@@ -48,11 +55,23 @@ class Simulation:
                     num_steps=num_steps,
                     total_steps=rounds * num_steps,
                     seed=derive_seed(self._config.seed, "client", task.client),
+                    moments=self._kept_moments(task) if keeps_moments else None,
                 )
             )
         num_slots = resolve_slots(self._config.engine.slots, len(tasks))
         for result in tune(self._model, tuning_tasks, self._config.client, num_slots, self._on_step):
+            if keeps_moments and result.failure is None:
+                self._keep(round_of[result.task.name], result)
             yield _answer(result)
+
+    def _kept_moments(self, task: ClientTask) -> Moments | None:
+        kept = self._store.read(task.client, task.round_index)
+        return Moments(kept["first"], kept["second"], int(kept["num_steps"])) if kept else None
+
+    def _keep(self, round_index: int, result: TuningResult) -> None:
+        moments = result.moments
+        tensors = {"first": moments.first, "second": moments.second, "num_steps": torch.tensor(moments.num_steps)}
+        self._store.write(result.task.name, round_index, tensors)
 
 
 def resolve_slots(slots: int | str, num_tasks: int) -> int:

@@ -54,10 +54,10 @@ def preflight_table(partition: Mapping[str, Any]) -> RenderableType:
     """Return who holds what (of many clients a summary) and what encoding did to the rows."""
     clients = partition["clients"]
     table = _client_table(clients) if len(clients) <= MAX_CLIENTS else _summary_table(clients)
-    lines = [_encoding_line(name, counts) for name, counts in partition.get("encoding", {}).items()]
-    if never := partition.get("never_sampled"):
-        lines.append(Text(f"Never sampled with this seed: {len(never):,} of {len(clients):,} clients", style="yellow"))
-    return Group(table, *lines)
+    encoding = partition.get("encoding", {})
+    never = len(partition.get("never_sampled", ()))
+    sampling = Text(f"Clients never sampled with this seed: {never:,} of {len(clients):,}", "yellow" if never else "dim")
+    return Group(table, *([_encoding_table(encoding)] if encoding else []), *_first_dropped(encoding), sampling)
 
 
 def _client_table(clients: Mapping[str, Mapping[str, Any]]) -> Table:
@@ -86,12 +86,36 @@ def _summary_table(clients: Mapping[str, Mapping[str, Any]]) -> Table:
     return table
 
 
-def _encoding_line(name: str, counts: Mapping[str, Any]) -> Text:
-    text = Text(f"{name}: {counts['rows']:,} rows, {count(counts['tokens'])} tokens")
-    text.append(f" ({count(counts['supervised_tokens'])} in responses)")
-    for key, words in (("truncated", "cut"), ("dropped", "left out")):
-        if counts.get(key):
-            text.append(f", {counts[key]:,} {words}", style="yellow")
-    if sources := counts.get("dropped_sources"):
-        text.append(f" (first: {sources[0]})", style="yellow")
-    return text
+def _encoding_table(encoding: Mapping[str, Mapping[str, Any]]) -> Table:
+    """Return what became of the rows; what lost something is coloured."""
+    table = Table(title="Rows as tokens", title_justify="left")
+    table.add_column("Rows of")
+    for header, _ in _ENCODING_COLUMNS:
+        table.add_column(header, justify="right")
+    for split, counts in encoding.items():
+        cells = [Text(count(counts.get(key, 0))) for _, key in _ENCODING_COLUMNS]
+        for cell in cells[3:]:
+            cell.stylize("yellow" if cell.plain != "0" else "dim")
+        table.add_row(Text(split), *cells)
+    return table
+
+
+_ENCODING_COLUMNS = (
+    ("Rows", "rows"),
+    ("Tokens", "tokens"),
+    ("In responses", "supervised_tokens"),
+    ("Context cut", "truncated"),
+    ("Dropped", "dropped"),
+    ("too long", "too_long"),
+    ("all masked", "all_masked"),
+    ("special token", "special_token_text"),
+)
+"""Header and key; the last three are the reasons of Dropped."""
+
+
+def _first_dropped(encoding: Mapping[str, Mapping[str, Any]]) -> list[Text]:
+    return [
+        Text(f"First row dropped of {split}: {counts['dropped_sources'][0]}", style="yellow")
+        for split, counts in encoding.items()
+        if counts.get("dropped_sources")
+    ]
