@@ -59,13 +59,13 @@ def main() -> None:
 def parse_arguments() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--out", type=Path, default=DEFAULT_OUT)
-    parser.add_argument("--tokens", type=float, default=9e6, help="tokens to train on")
-    parser.add_argument("--hidden", type=int, default=128, help="hidden size, a multiple of 32")
+    parser.add_argument("--tokens", type=float, default=16e6, help="tokens to train on")
+    parser.add_argument("--hidden", type=int, default=160, help="hidden size, a multiple of 32")
     parser.add_argument("--layers", type=int, default=4)
     parser.add_argument("--vocabulary", type=int, default=1536)
     parser.add_argument("--length", type=int, default=160, help="tokens in a sequence")
     parser.add_argument("--batch", type=int, default=16, help="sequences in a step")
-    parser.add_argument("--learning-rate", type=float, default=4e-3)
+    parser.add_argument("--learning-rate", type=float, default=3e-3)
     parser.add_argument("--seed", type=int, default=0)
     return parser.parse_args()
 
