@@ -11,7 +11,7 @@ import math
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import torch
@@ -81,11 +81,53 @@ class _Routing:
     head_positions: Tensor | None = None
 
 
+class _StackedProduct(torch.autograd.Function):
+    """``output + scaling[k] * B[k] A[k] x`` for the slot k of each row: one node, gradients added where they belong.
+
+    Shapes: output [R, T, m], x [R, T, n], A [S, r, n], B [S, m, r]. A copy of A and B per row costs r/T of the product
+    itself and needs no equal rows per slot. The gradients of A and B go straight into `into_A` and `into_B`, of their
+    shapes: through autograd every micro-batch would write and add whole stacks.
+    """
+
+    @staticmethod
+    def forward(
+        ctx: Any,
+        output: Tensor,
+        x: Tensor,
+        lora_A: Tensor,
+        lora_B: Tensor,
+        scaling: Tensor,
+        slots: Tensor,
+        into_A: Tensor,
+        into_B: Tensor,
+    ) -> Tensor:
+        scaling = scaling.index_select(0, slots)[:, None, None]
+        a = lora_A.index_select(0, slots).to(x.dtype)
+        b = (lora_B.index_select(0, slots) * scaling).to(x.dtype)
+        inner = torch.bmm(x, a.mT)
+        ctx.save_for_backward(x, inner, a, b, scaling, slots)
+        ctx.into = into_A, into_B
+        return torch.baddbmm(output, inner, b.mT)
+
+    @staticmethod
+    def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor | None, ...]:
+        (of_output,) = gradients
+        x, inner, a, b, scaling, slots = ctx.saved_tensors
+        into_A, into_B = ctx.into
+        of_inner = torch.bmm(of_output, b)
+        into_A.index_add_(0, slots, torch.bmm(of_inner.mT, x).to(into_A.dtype))
+        into_B.index_add_(0, slots, torch.bmm(of_output.mT, inner).to(into_B.dtype).mul_(scaling))
+        of_x = torch.bmm(of_inner, a) if ctx.needs_input_grad[1] else None
+        return of_output, of_x, *[None] * 6
+
+
 class StackedLora(nn.Module):
     """A frozen linear layer plus ``scaling[k] * B[k] A[k] x`` for the slot k of each row of x [R, T, n]."""
 
     lora_A: nn.Parameter
     lora_B: nn.Parameter
+    gradient_A: Tensor
+    gradient_B: Tensor
 
     def __init__(self, name: str, base: nn.Module, routing: _Routing, dropout: float) -> None:
         super().__init__()
@@ -109,10 +151,16 @@ class StackedLora(nn.Module):
         x = x.reshape(rows, -1, x.shape[-1])
         if routing.dropout is not None:
             x = x * self._dropout_mask(x, routing.dropout)
-        # Gathering a copy of A and B per row costs r/T of the product itself and needs no equal rows per slot.
-        a = self.lora_A.to(x.dtype).index_select(0, routing.slots)
-        b = (self.lora_B * routing.scaling[:, None, None]).to(x.dtype).index_select(0, routing.slots)
-        added = torch.baddbmm(output.reshape(rows, -1, self.num_outputs), torch.bmm(x, a.mT), b.mT)
+        added = _StackedProduct.apply(
+            output.reshape(rows, -1, self.num_outputs),
+            x,
+            self.lora_A,
+            self.lora_B,
+            routing.scaling,
+            routing.slots,
+            self.gradient_A,
+            self.gradient_B,
+        )
         return added.view(output.shape)
 
     def _dropout_mask(self, x: Tensor, rows: Sequence[tuple[torch.Generator, int]]) -> Tensor:
@@ -130,7 +178,8 @@ class StackedModel:
 
     All slots live in one matrix ``parameters`` [S, d], float32 unless the base is float64: a row is a client's whole
     adapter, each layer's A [S, r, n] and B [S, m, r] are views of its columns. An adapter of a lower rank fills
-    the first rows of A and columns of B; the rest stay exactly zero, because their gradients are.
+    the first rows of A and columns of B; the rest stay exactly zero, because their gradients are. Backward passes add
+    to ``gradients`` [S, d], laid out alike; whoever steps along them sets them to zero.
     """
 
     def __init__(self, base: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, config: AdapterConfig) -> None:
@@ -187,23 +236,15 @@ class StackedModel:
         """Make `num_slots` empty slots (B = A = 0: the base itself); whatever the slots held is gone."""
         dtype = torch.promote_types(self.base.dtype, torch.float32)
         self.parameters = torch.zeros(num_slots, self.num_parameters, device=self.device, dtype=dtype)
+        self.gradients = torch.zeros_like(self.parameters)
         self.scaling = torch.zeros(num_slots, device=self.device, dtype=dtype)
         offset = 0
         for layer in self.layers:
             for name, shape in _factor_shapes(layer, self.rank).items():
                 columns = slice(offset, offset + math.prod(shape))
                 setattr(layer, name, nn.Parameter(self.parameters[:, columns].view(num_slots, *shape)))
+                setattr(layer, name.replace("lora", "gradient"), self.gradients[:, columns].view(num_slots, *shape))
                 offset = columns.stop
-
-    def take_gradients(self) -> Tensor:
-        """Return the gradients that backward passes have added up since the last call, [S, d] like `parameters`."""
-        columns = []
-        for layer in self.layers:
-            for parameter in (layer.lora_A, layer.lora_B):
-                gradient = torch.zeros_like(parameter) if parameter.grad is None else parameter.grad
-                columns.append(gradient.reshape(self.num_slots, -1))
-                parameter.grad = None
-        return torch.cat(columns, dim=1)
 
     def fresh_adapter(self, rng: np.random.Generator) -> Adapter:
         """Return an untrained adapter of the full rank as PEFT initialises it: A uniform in +-1/sqrt(n), B zero."""

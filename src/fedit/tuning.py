@@ -144,7 +144,7 @@ def _step(
         (token_losses * weights[slot_of_token]).sum().backward()
         losses.index_add_(0, slot_of_token, token_losses.detach())
     mean_losses = (losses * weights).tolist()
-    norms = optimizer.step(model.take_gradients(), {slot.index: _learning_rate(config, slot) for slot in live})
+    norms = optimizer.step({slot.index: _learning_rate(config, slot) for slot in live})
     on_step(sum(len(example) for example in examples))
     for slot in live:
         slot.step += 1
@@ -220,7 +220,7 @@ class StackedAdamW:
     """
 
     def __init__(self, model: StackedModel, config: ClientConfig) -> None:
-        self._parameters = model.parameters
+        self._parameters, self._gradients = model.parameters, model.gradients
         self._weight_decay = config.weight_decay
         self._clip_norm = config.clip_norm
         self._first, self._second = torch.zeros_like(model.parameters), torch.zeros_like(model.parameters)
@@ -237,12 +237,13 @@ class StackedAdamW:
         return Moments(self._first[slot].clone(), self._second[slot].clone(), int(self._steps[slot]))
 
     @torch.no_grad()
-    def step(self, gradients: torch.Tensor, learning_rates: dict[int, float]) -> list[float]:
-        """Move the slots that have a learning rate along `gradients` [S, d] (clipped in place).
+    def step(self, learning_rates: dict[int, float]) -> list[float]:
+        """Move the slots that have a learning rate along the model's gradients, and set these to zero.
 
         Returns:
             Every slot's gradient norm before clipping.
         """
+        gradients = self._gradients
         live = sorted(learning_rates)
         self._steps[live] += 1
         norms = gradients.norm(dim=1)
@@ -256,6 +257,7 @@ class StackedAdamW:
             self._parameters.mul_(self._column(1 - rates * self._weight_decay))
         denominator = self._second.sqrt().div_(self._column(np.sqrt(1 - BETA2**steps))).add_(EPSILON)
         self._parameters.addcdiv_(self._first * self._column(-rates / (1 - BETA1**steps)), denominator)
+        gradients.zero_()
         return norms.tolist()
 
     def _column(self, values: np.ndarray) -> torch.Tensor:
