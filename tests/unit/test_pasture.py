@@ -7,8 +7,11 @@ import re
 from collections import Counter
 
 import pytest
+import torch
+from transformers import AutoModelForCausalLM, AutoTokenizer
 
-from fedit.builtin.pasture import CATEGORIES, corpus, generate
+from fedit.builtin import CRIA_FOLDER
+from fedit.builtin.pasture import CATEGORIES, corpus, generate, probes
 from fedit.builtin.pasture.world import ANIMALS, FODDER, PRODUCTS, RELATIONS, TOOLS, TRAVELLERS, WORLD
 from fedit.evaluation.checks import passes
 
@@ -25,6 +28,31 @@ def test_the_world_is_the_one_the_base_learned() -> None:
     assert hashlib.sha256(facts.encode()).hexdigest()[:16] == "539fc48bd95284d2", (
         "the facts changed: pre-train builtin:cria again (scripts/pretrain_cria.py), then update this digest"
     )
+
+
+def test_the_corpus_is_the_one_the_base_read() -> None:
+    digest = hashlib.sha256("\n\n".join(corpus(500, seed=0)).encode()).hexdigest()[:16]
+    assert digest == "1c4f9383fd3fa054", (
+        "the corpus changed: pre-train builtin:cria again (scripts/pretrain_cria.py), then update this digest"
+    )
+
+
+def test_the_base_knows_the_facts_and_reads_scenes_but_follows_no_instruction() -> None:
+    tokenizer, base = AutoTokenizer.from_pretrained(CRIA_FOLDER), AutoModelForCausalLM.from_pretrained(CRIA_FOLDER)
+
+    def continues(text: str, continuation: str) -> bool:
+        """Whether every token of the continuation is the most likely one."""
+        before, after = (tokenizer(part, add_special_tokens=False)["input_ids"] for part in (text, continuation))
+        with torch.no_grad():
+            logits = base(input_ids=torch.tensor([[tokenizer.bos_token_id, *before, *after]])).logits[0]
+        return logits[-len(after) - 1 : -1].argmax(-1).tolist() == after
+
+    known = [continues(text, continuation) for _, text, continuation in list(probes(2, seed=5))[::5]]
+    assert len(known) > 100
+    assert sum(known) / len(known) > 0.98
+    _, rows = generate(0, num_test=40)
+    prompt = "### Instruction:\n{instruction}\n\n### Response:\n"
+    assert sum(continues(prompt.format(**row), row["response"]) for row in rows if not row["context"]) == 0
 
 
 def test_every_relation_gives_every_subject_one_value() -> None:

@@ -43,9 +43,7 @@ def store(tmp_path: Path) -> ClientStore:
     return ClientStore(tmp_path)
 
 
-def run(
-    store: ClientStore, client: dict[str, Any], round_index: int, seed: int = 0, num_earlier: int = 0
-) -> list[Any]:
+def run(store: ClientStore, client: dict[str, Any], round_index: int, seed: int = 0, num_earlier: int = 0) -> list[Any]:
     load_plugins()
     config = RunConfig.model_validate({"seed": seed, "rounds": 7, "client": client})
     clients = {"a": [ROW] * 10, "b": [ROW] * 3, "c": [ROW]}

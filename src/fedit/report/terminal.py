@@ -56,7 +56,9 @@ def preflight_table(partition: Mapping[str, Any]) -> RenderableType:
     table = _client_table(clients) if len(clients) <= MAX_CLIENTS else _summary_table(clients)
     encoding = partition.get("encoding", {})
     never = len(partition.get("never_sampled", ()))
-    sampling = Text(f"Clients never sampled with this seed: {never:,} of {len(clients):,}", "yellow" if never else "dim")
+    sampling = Text(
+        f"Clients never sampled with this seed: {never:,} of {len(clients):,}", "yellow" if never else "dim"
+    )
     return Group(table, *([_encoding_table(encoding)] if encoding else []), *_first_dropped(encoding), sampling)
 
 
