@@ -1,15 +1,18 @@
-"""What clients keep for themselves between rounds, on disk, by client: never on the shared model, never on the server."""
+"""What clients keep for themselves between rounds, on disk: never on the shared model, never at the server."""
 
 from __future__ import annotations
 
 from collections.abc import Mapping
 from pathlib import Path
+from typing import TYPE_CHECKING
 from urllib.parse import quote
 
 from safetensors.torch import load_file, save
-from torch import Tensor
 
 from fedit.files import write_atomically
+
+if TYPE_CHECKING:
+    from torch import Tensor
 
 
 class ClientStore:
