@@ -70,6 +70,11 @@ def load_base(config: ModelConfig, device: torch.device) -> PreTrainedModel:
         base = AutoModelForCausalLM.from_pretrained(resolve_path(config.path), dtype=dtype)
     except (OSError, ValueError, SafetensorError) as error:
         raise EngineError(_not_loaded(config.path, "weights", error)) from error
+    return prepare_base(base, device)
+
+
+def prepare_base(base: PreTrainedModel, device: torch.device) -> PreTrainedModel:
+    """Freeze a model, put it into evaluation mode on `device` and choose its attention; changes and returns it."""
     if device.type == "cpu" and base.config._attn_implementation == "sdpa":
         base.set_attn_implementation(blocked_attention())
     base.requires_grad_(False)

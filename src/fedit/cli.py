@@ -8,6 +8,7 @@ import os
 import shlex
 import sys
 from collections.abc import Sequence
+from dataclasses import asdict
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -16,7 +17,7 @@ from rich.console import Console
 from rich.table import Table
 from rich.text import Text
 
-from fedit.config import RunConfig, load_config, load_plugins, parse_config
+from fedit.config import DType, RunConfig, load_config, load_plugins, parse_config
 from fedit.interfaces import ConfigError, DataError, FeditError, plugin_kinds, plugins
 
 if TYPE_CHECKING:
@@ -178,6 +179,41 @@ def chat(
             conversation.clear()
         elif line:
             print(conversation.answer(line), flush=True)
+
+
+@app.command
+def bench(
+    model: str = "builtin:cria",
+    /,
+    *,
+    shape: Annotated[
+        str | None, Parameter(help="Random weights instead: llama-3m, llama-15m, llama-135m, llama-1b, llama-7b")
+    ] = None,
+    clients: int = 10,
+    rows: Annotated[int, Parameter(help="Of each client")] = 30,
+    length: Annotated[int, Parameter(help="Median tokens of a row")] = 100,
+    max_length: int = 512,
+    batch_size: int = 4,
+    rank: int = 8,
+    slots: Annotated[int | None, Parameter(help="Clients tuned at the same time; by default as in a run")] = None,
+    dtype: DType = "auto",
+    device: str = "auto",
+    repetitions: int = 3,
+    as_json: AsJson = False,
+) -> None:
+    """Measure how fast clients are tuned here: MODEL is a folder or Hub name."""
+    _quiet()
+    from fedit.bench import Workload, describe, measure
+
+    workload = Workload(clients, rows, length, max_length, batch_size, rank)
+    measured = measure(model, shape, workload, slots or "auto", dtype, device, repetitions)
+    if as_json:
+        _print_json(asdict(measured))
+        return
+    table = Table(box=None, show_header=False)
+    for line in describe(measured):
+        table.add_row(*line)
+    Console().print(table)
 
 
 @app.command(name="plugins")

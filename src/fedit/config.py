@@ -43,6 +43,9 @@ COLUMNS = ("instruction", "context", "response", "category", "client", "system",
 """The columns a row can have; `[data] columns` maps foreign names to them."""
 
 
+DType = Literal["auto", "float32", "bfloat16"]
+
+
 class Table(BaseModel):
     """One table of the TOML file. TOML has no null: ``"none"`` stands for it where a key may be left out."""
 
@@ -60,7 +63,7 @@ class ModelConfig(Table):
 
     path: str = "builtin:cria"
     """A folder, a Hub name, or ``builtin:cria``."""
-    dtype: Literal["auto", "float32", "bfloat16"] = "auto"
+    dtype: DType = "auto"
     """Of the base and the activations; auto: bfloat16 where the hardware multiplies it. Adapters are float32."""
 
 

@@ -204,6 +204,8 @@ class StackedModel:
                 f"{type(base).__name__} has no language-model head, so it cannot be tuned as a causal LM."
             )
         head.register_forward_pre_hook(self._select_supervised)
+        self.processed_tokens = 0
+        """Padding included, in all calls of `token_losses`; for whoever wants to know what padding costs."""
         self.allocate(1)
 
     # -- adapters in and out
@@ -297,6 +299,7 @@ class StackedModel:
 
         The head sees only the N positions that predict a supervised token; the order is row by row.
         """
+        self.processed_tokens += batch.input_ids.numel()
         row, position = batch.supervised.nonzero(as_tuple=True)
         head_positions = row * batch.input_ids.shape[1] + position - 1
         with self._route(batch.slots, head_positions, list(zip(batch.dropout_seeds, batch.lengths, strict=False))):
