@@ -147,11 +147,12 @@ KILLS: dict[str, Callable[[], None]] = {
 
 
 def _run(job: dict[str, Any]) -> None:
-    from fedit import cli
+    from fedit import baselines, cli
 
     output = os.open(job["output"], os.O_WRONLY | os.O_CREAT | os.O_TRUNC)
     os.dup2(output, 1)
     os.dup2(output, 2)
+    baselines.SAVE_EVERY_S = 0
     if job["kill"]:
         KILLS[job["kill"]]()
     cli.main(job["arguments"])

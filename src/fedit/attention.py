@@ -1,18 +1,21 @@
-"""Causal attention for training on a CPU: exact, in blocks of queries, in a fraction of the time of what torch has.
+"""Causal attention for training on a CPU: in blocks of queries, in a fraction of the time of what torch has.
 
 transformers' plain attention works on whole [T, T] squares in float32, of which causality throws one half away, and
 torch's fused kernels lose to plain products on a CPU. Here each block of queries multiplies only the keys that it may
-see; the probabilities are kept for the backward pass in the activations' own precision. docs/log.md has the times.
+see. The probabilities are kept for the backward pass in the activations' own precision, with the rounding of plain
+attention; they are half a square per head, so that rows beyond `LONGEST` are left to torch. docs/log.md has the times.
 """
 
 from __future__ import annotations
 
+import inspect
 from collections.abc import Iterator
-from typing import Any
+from types import ModuleType
+from typing import Any, TypeGuard
 
 import torch
 from torch import Tensor, nn
-from transformers import AttentionInterface, AttentionMaskInterface
+from transformers import AttentionInterface, AttentionMaskInterface, PreTrainedModel
 from transformers.integrations.sdpa_attention import sdpa_attention_forward
 from transformers.masking_utils import sdpa_mask
 
@@ -20,6 +23,8 @@ NAME = "fedit_blocked"
 """What ``attn_implementation`` selects it by."""
 BLOCK = 64
 """Queries in a block."""
+LONGEST = 1024
+"""Tokens of a row at most."""
 
 
 class BlockedCausalAttention(torch.autograd.Function):
@@ -88,16 +93,31 @@ def _attend(
     """Attend as transformers asks; whatever is not plain causal self-attention (generation, windows) is torch's."""
     plain = (
         attention_mask is None
-        and query.shape[2] == key.shape[2] > 1
+        and 1 < query.shape[2] == key.shape[2] <= LONGEST
         and options.get("is_causal") is not False
         and getattr(module, "is_causal", True)
-        and not any(options.get(name) for name in ("dropout", "softcap"))
-        and options.get("position_bias") is None
+        and not options.get("dropout")
+        and all(options.get(name) is None for name in ("softcap", "position_bias", "s_aux", "indices", "cache"))
     )
     if not plain:
         return sdpa_attention_forward(module, query, key, value, attention_mask, scaling=scaling, **options)
     scaling = query.shape[-1] ** -0.5 if scaling is None else scaling
     return BlockedCausalAttention.apply(query, key, value, scaling), None
+
+
+def suits(base: PreTrainedModel) -> bool:
+    """Tell whether blocked attention does in `base` what transformers' default, torch's, does.
+
+    Not where the model's code asks for the name of its attention: sparse models hand their masks to known names only.
+    """
+    if base.config._attn_implementation != "sdpa":
+        return False
+    sources = {inspect.getmodule(type(module)) for module in base.modules()}
+    return not any('"sdpa"' in inspect.getsource(source) for source in sources if _is_model_code(source))
+
+
+def _is_model_code(source: ModuleType | None) -> TypeGuard[ModuleType]:
+    return source is not None and source.__name__.rpartition(".")[2].startswith("modeling_")
 
 
 def blocked_attention() -> str:

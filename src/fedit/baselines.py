@@ -8,10 +8,11 @@ to train in the federation. The learning rate's schedule runs over the whole of 
 from __future__ import annotations
 
 import json
+import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from safetensors import safe_open
 from safetensors.torch import save
@@ -28,6 +29,10 @@ from fedit.tuning import Moments, TuningTask, tune
 
 if TYPE_CHECKING:
     from torch import Tensor
+
+
+SAVE_EVERY_S = 30
+"""What a kill can cost of a baseline, in seconds, beside the piece that was being trained."""
 
 
 @dataclass(frozen=True, eq=False)
@@ -76,9 +81,10 @@ def train_baseline(
 ) -> Trained:
     """Train `tasks` in groups that fill the slots, going on with what an earlier call saved of them.
 
-    Every training is cut into as many pieces as the federation has rounds. After each piece its group is written to
-    ``<file_stem>-<number>.safetensors``, moments included, so that resuming is exact: who shares a stack never changes.
-    `on_saved` is told the tokens of each piece that was trained.
+    Every training is cut into as many pieces as the federation has rounds. After a piece, if `SAVE_EVERY_S` have
+    passed, its group is written to ``<file_stem>-<number>.safetensors``, moments included, so that resuming is exact:
+    who shares a stack never changes, and a piece begins from the same bits whether they were read or not. `on_saved`
+    is told the tokens that were trained since the last time.
     """
     num_slots = resolve_slots(config.engine.slots, len(tasks))
     result = Trained()
@@ -86,19 +92,25 @@ def train_baseline(
         group = tasks[start : start + num_slots]
         path = _group_file(file_stem, start)
         saved = _read(path) if path.is_file() else _Saved(0, Trained({task.name: task.adapter for task in group}), {})
+        before, last_saved = sum(saved.trained.tokens.values()), time.monotonic()
         while saved.num_pieces < config.rounds:
-            before = sum(saved.trained.tokens.values())
             saved = _train_piece(config, model, group, saved, on_step)
-            _write(path, saved)
-            on_saved(sum(saved.trained.tokens.values()) - before)
+            if saved.num_pieces == config.rounds or time.monotonic() - last_saved >= SAVE_EVERY_S:
+                _write(path, saved)
+                tokens = sum(saved.trained.tokens.values())
+                on_saved(tokens - before)
+                before, last_saved = tokens, time.monotonic()
         result |= saved.trained
     return result
 
 
 def saved_tokens(file_stem: Path) -> int:
     """Return the tokens that earlier calls of `train_baseline` trained on and saved."""
-    files = file_stem.parent.glob(f"{file_stem.name}-*.safetensors")
-    return sum(sum(_read(file).trained.tokens.values()) for file in files)
+    total = 0
+    for path in file_stem.parent.glob(f"{file_stem.name}-*.safetensors"):
+        with safe_open(path, "pt") as file:
+            total += sum(_about(file)["tokens"].values())
+    return total
 
 
 @dataclass(frozen=True, eq=False)
@@ -167,7 +179,7 @@ def _write(path: Path, saved: _Saved) -> None:
 
 def _read(path: Path) -> _Saved:
     with safe_open(path, "pt") as file:
-        about = json.loads((file.metadata() or {})["fedit"])
+        about = _about(file)
         tensors: dict[str, dict[str, Tensor]] = {name: {} for name in about["adapters"]}
         for key in file.keys():  # noqa: SIM118 (not a dict)
             model, separator, name = key.removeprefix("adapter/").partition("\x1f")
@@ -179,3 +191,7 @@ def _read(path: Path) -> _Saved:
         }
     adapters = {name: Adapter(tensors[name], *described) for name, described in about["adapters"].items()}
     return _Saved(about["num_pieces"], Trained(adapters, about["tokens"], about["failures"]), moments)
+
+
+def _about(file: safe_open) -> dict[str, Any]:
+    return json.loads((file.metadata() or {})["fedit"])

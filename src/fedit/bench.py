@@ -50,6 +50,12 @@ class Workload:
     rank: int = 8
     seed: int = 0
 
+    def __post_init__(self) -> None:
+        least = {"clients": 1, "rows": 1, "length": 1, "max_length": 8, "batch_size": 1, "rank": 1}
+        for name, minimum in least.items():
+            if getattr(self, name) < minimum:
+                raise ConfigError(f"{name} = {getattr(self, name)}: expected at least {minimum}.")
+
 
 @dataclass(frozen=True)
 class Measurement:
@@ -81,11 +87,21 @@ def measure(
     """Tune `workload` on the model at `path`, or on random weights of a `shape`, and return what it took.
 
     One repetition more than asked for is run first and not counted.
+
+    Raises:
+        ConfigError: a count is not positive, no shape has this name, or rows are longer than the model's context.
     """
+    if repetitions < 1 or (isinstance(slots, int) and slots < 1):
+        raise ConfigError(f"repetitions = {repetitions}, slots = {slots}: expected at least 1.")
     place = resolve_device(device)
     # The rows are made of ids, so for a shape any tokenizer will do.
     tokenizer = load_tokenizer("builtin:cria" if shape else path)
     base = load_shape(shape, dtype, place) if shape else load_base(ModelConfig(path=path, dtype=dtype), place)
+    context = getattr(base.config, "max_position_embeddings", None)
+    if context is not None and workload.max_length > context:
+        raise ConfigError(
+            f"max_length = {workload.max_length} is more than the {context} positions of {shape or path}."
+        )
     model = StackedModel(base, tokenizer, AdapterConfig(rank=workload.rank, alpha=2.0 * workload.rank))
     clients = make_clients(workload, base.config.vocab_size)
     adapter = model.fresh_adapter(derive_rng(workload.seed, "adapter"))

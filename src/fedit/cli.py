@@ -45,7 +45,7 @@ def run(
     *,
     override: Overrides = None,
     plugin: PluginFiles = None,
-    out: Annotated[Path | None, Parameter(help="The run folder; by default a new one, runs/<recipe>")] = None,
+    out: Annotated[Path | None, Parameter(help="The run folder; by default a new one, runs/RECIPE")] = None,
     resume: Annotated[Path | None, Parameter(help="Go on with the run in this folder")] = None,
     seed: Seed = None,
     as_json: AsJson = False,
@@ -178,7 +178,10 @@ def chat(
         if line == "/new":
             conversation.clear()
         elif line:
-            print(conversation.answer(line), flush=True)
+            try:
+                print(conversation.answer(line), flush=True)
+            except DataError as error:
+                _say(str(error))
 
 
 @app.command
@@ -206,7 +209,7 @@ def bench(
     from fedit.bench import Workload, describe, measure
 
     workload = Workload(clients, rows, length, max_length, batch_size, rank)
-    measured = measure(model, shape, workload, slots or "auto", dtype, device, repetitions)
+    measured = measure(model, shape, workload, "auto" if slots is None else slots, dtype, device, repetitions)
     if as_json:
         _print_json(asdict(measured))
         return
@@ -329,6 +332,7 @@ def _quiet() -> None:
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "true")
     from transformers.utils import logging as transformers_logging
 
+    logging.getLogger("huggingface_hub").propagate = False  # it has a handler of its own
     transformers_logging.disable_progress_bar()
     transformers_logging.set_verbosity_error()
 

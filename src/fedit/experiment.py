@@ -252,7 +252,7 @@ def _start_folder(folder: Path, data: FederatedData, described: Mapping[str, Any
         write_json(partition, data.summary)
         return
     started = json.loads((folder / "config.json").read_text(encoding="utf-8"))
-    for what, table, key in (("weights", "model", "weights_sha256"), ("precision", "hardware", "dtype")):
+    for what, table, key in (("precision", "hardware", "dtype"), ("weights", "model", "weights_sha256")):
         if started[table].get(key) != described[table][key]:
             raise EngineError(
                 f"{folder} was started on a base of other {what}: [model] path = "

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import shutil
+import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -58,7 +59,10 @@ def save_merged(adapter_folder: Path, target: Path, base_path: str) -> None:
         raise EngineError(f"{target} exists and is no empty folder. Give a new one.")
     base = AutoModelForCausalLM.from_pretrained(resolve_path(base_path), dtype="auto")
     dtype = base.dtype
-    merged = PeftModel.from_pretrained(base.float(), adapter_folder).merge_and_unload()
+    with warnings.catch_warnings():
+        # PEFT asks for an attribute that transformers is about to drop.
+        warnings.filterwarnings("ignore", "`is_gradient_checkpointing` is deprecated", FutureWarning)
+        merged = PeftModel.from_pretrained(base.float(), adapter_folder).merge_and_unload()
     partial = target.with_name(f".{target.name}.partial")
     try:
         with _refusals(target):

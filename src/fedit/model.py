@@ -311,10 +311,10 @@ class StackedModel:
     def generate(self, prompts: Sequence[np.ndarray], slots: Sequence[int], max_new_tokens: int) -> list[str]:
         """Return the greedy continuation of each prompt (int32 ids) under its row's slot.
 
-        It ends at EOS, after `max_new_tokens`, or where the longest prompt of the batch reaches the model's context.
+        It ends at EOS, after `max_new_tokens`, or where the longest prompt of the batch reaches the model's context: no
+        prompt without room for `max_new_tokens` should share a batch with shorter ones.
         """
         length = max(len(prompt) for prompt in prompts)
-        room = (getattr(self.base.config, "max_position_embeddings", None) or length + max_new_tokens) - length
         input_ids = torch.zeros(len(prompts), length, dtype=torch.int64)
         attention_mask = torch.zeros_like(input_ids)
         for row, prompt in enumerate(prompts):
@@ -324,9 +324,14 @@ class StackedModel:
             output = self.base.generate(  # pyright: ignore[reportCallIssue] (torch's __getattr__ hides the mixin)
                 input_ids=input_ids.to(self.device),
                 attention_mask=attention_mask.to(self.device),
-                max_new_tokens=max(1, min(max_new_tokens, room)),
+                max_new_tokens=max(1, int(min(max_new_tokens, self.room(length)))),
             )
         return self.tokenizer.batch_decode(output[:, length:], skip_special_tokens=True)
+
+    def room(self, length: int) -> float:
+        """Return how many tokens the model's context leaves after `length` of them; infinity where it has no limit."""
+        context = getattr(self.base.config, "max_position_embeddings", None)
+        return math.inf if context is None else context - length
 
     @contextmanager
     def _route(

@@ -49,6 +49,7 @@ def prepare_data(config: RunConfig) -> FederatedData:
     rows, train_report = encode_all(train_examples, config.data, tokenizer)
     test, test_report = encode_all(test_examples, config.data, tokenizer)
     _try_checks(test)
+    named, left = ({example.client for example in examples} for examples in (train_examples, [r.example for r in rows]))
     owners = config.partition.split([row.example for row in rows], derive_rng(config.seed, "partition"))
     clients = {client: [rows[index] for index in indices] for client, indices in owners.items()}
     if config.cohort.size is not None and config.cohort.size > len(clients):
@@ -68,6 +69,7 @@ def prepare_data(config: RunConfig) -> FederatedData:
     if "all" in summary["test"]:
         raise DataError("A category is named 'all', which stands for the whole test set. Rename it in the data.")
     summary["encoding"] = {"train": _counts(train_report), "test": _counts(test_report)}
+    summary["clients_without_rows"] = sorted(str(client) for client in named - left)
     summary["never_sampled"] = never_sampled(config, list(clients))
     summary["fingerprint"] = _fingerprint({**clients, "\x1ftest": test})
     return FederatedData(clients, test, summary)

@@ -13,7 +13,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 import torch
-from safetensors import safe_open
+from safetensors import SafetensorError, safe_open
 from safetensors.torch import save
 from torch import Tensor
 
@@ -235,13 +235,22 @@ def save_state(state: ServerState, folder: Path, keep: int = 2) -> None:
 
 
 def load_state(folder: Path) -> ServerState | None:
-    """Return the last checkpoint of a folder, or None where there is none."""
+    """Return the last checkpoint of a folder, or None where there is none.
+
+    Raises:
+        RoundError: the file is damaged.
+    """
     saved = _checkpoints(folder)
     if not saved:
         return None
-    with safe_open(saved[-1], "pt") as file:
-        about = json.loads((file.metadata() or {})["fedit"])
-        tensors = {name: file.get_tensor(name) for name in about["order"]}
+    try:
+        with safe_open(saved[-1], "pt") as file:
+            about = json.loads((file.metadata() or {})["fedit"])
+            tensors = {name: file.get_tensor(name) for name in about["order"]}
+    except (SafetensorError, KeyError, ValueError) as error:
+        raise RoundError(
+            f"The checkpoint {saved[-1]} is damaged ({error}). Delete it to go on from the one before."
+        ) from error
     adapter, optimizer = (
         {name.removeprefix(prefix): tensor for name, tensor in tensors.items() if name.startswith(prefix)}
         for prefix in ("adapter/", "optimizer/")

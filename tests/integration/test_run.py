@@ -126,7 +126,7 @@ def test_local_steps_and_a_sampled_cohort(fedit, recipe, tmp_path) -> None:
     assert len(never) >= 2
     assert drawn | set(never) == set("012345")
     assert not drawn & set(never)
-    assert f"Never sampled with this seed: {len(never)} of 6 clients" in done.stderr
+    assert f"Clients never sampled with this seed: {len(never)} of 6" in done.stderr
     assert set(read(run)["models"]["local"]["per_client"]) == set("012345")
     assert all(len(line["cohort"]) == 2 for line in rounds(run))
     # Each local-only client takes the steps it expects to: 2 rounds of 3 steps, drawn with probability 1/3.

@@ -66,3 +66,20 @@ def test_the_command(tiny_model_folder, capsys: pytest.CaptureFixture[str]) -> N
 def test_an_unknown_shape_is_refused() -> None:
     with pytest.raises(ConfigError, match="Did you mean 'llama-7b'"):
         bench.load_shape("llama-7", "float32", torch.device("cpu"))
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ("--rank 0", "rank = 0: expected at least 1"),
+        ("--clients 0", "clients = 0"),
+        ("--max-length 4", "max_length = 4: expected at least 8"),
+        ("--repetitions 0", "repetitions = 0"),
+        ("--slots 0", "slots = 0"),
+        ("--max-length 100000", "is more than the"),
+    ],
+)
+def test_what_makes_no_sense_is_refused(tiny_model_folder, capsys, options: str, message: str) -> None:
+    with pytest.raises(SystemExit, match="1"):
+        main(["bench", str(tiny_model_folder), *options.split()])
+    assert message in capsys.readouterr().err

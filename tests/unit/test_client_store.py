@@ -36,11 +36,19 @@ def test_a_round_that_is_run_again_finds_what_was_kept_before_it(tmp_path: Path)
     assert read(store, "a", 6) == 5
     assert read(store, "a", 9) == 6
     write(store, "a", 6, 66)
-    assert (read(store, "a", 6), read(store, "a", 7)) == (5, 66)
+    assert (read(store, "a", 5), read(store, "a", 6), read(store, "a", 7)) == (2, 5, 66)
 
 
-def test_two_rounds_are_kept_and_none_of_a_run_that_was_set_back(tmp_path: Path) -> None:
+def test_three_rounds_are_kept_and_none_of_a_run_that_was_set_back(tmp_path: Path) -> None:
     store = ClientStore(tmp_path)
-    for round_index, kept in ((0, [0]), (100_000, [0, 100_000]), (3, [0, 3]), (4, [3, 4]), (9, [4, 9]), (9, [4, 9])):
+    for round_index, kept in (
+        (0, [0]),
+        (100_000, [0, 100_000]),
+        (3, [0, 3]),
+        (4, [0, 3, 4]),
+        (9, [3, 4, 9]),
+        (9, [3, 4, 9]),
+        (12, [4, 9, 12]),
+    ):
         write(store, "a", round_index, round_index)
         assert sorted(path.name for path in tmp_path.rglob("*.*")) == [f"round-{i:05d}.safetensors" for i in kept]

@@ -15,7 +15,6 @@ from hypothesis import given
 from hypothesis import strategies as st
 from pydantic import Field
 
-from fedit import config as config_module
 from fedit.config import (
     ClientConfig,
     CohortConfig,
@@ -26,6 +25,7 @@ from fedit.config import (
     parse_config,
     shipped_recipes,
 )
+from fedit.config import loading as config_module
 from fedit.interfaces import ConfigError, Example, Partition, derive_rng, derive_seed, plugin_kinds, plugins
 
 load_plugins()

@@ -437,7 +437,7 @@ def test_terminal_tables(tmp_path):
         "ROUGE-L",
         "Loss gap closed",
         "client_005",
-        "Context cut",
+        "truncated context",
         "all masked",
         "First row dropped of train: ",
         "rows.jsonl:7",

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -25,8 +25,8 @@ def tuned(monkeypatch: pytest.MonkeyPatch) -> list[TuningTask]:
     """Replaces the tuner by one that moves every tensor by 0.5 and fails for client c; returns the tasks it got."""
     seen: list[TuningTask] = []
 
-    def tune(model: Any, tasks: Sequence[TuningTask], *_: Any) -> Iterator[TuningResult]:
-        for task in reversed(tasks):
+    def tune(model: Any, tasks: Iterable[TuningTask], *_: Any) -> Iterator[TuningResult]:
+        for task in reversed(list(tasks)):
             seen.append(task)
             moved = {name: tensor + 0.5 for name, tensor in task.adapter.tensors.items()}
             failure = "broken" if task.name == "c" else None

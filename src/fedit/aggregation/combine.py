@@ -27,14 +27,14 @@ class Combined:
 
 
 def combine(adapter: Adapter, updates: Iterable[ClientUpdate], weighting: Weighting) -> Combined:
-    """Consume `updates` one by one, in their order.
+    """Consume `updates` one by one, in their order. The exact product keeps their factors: sum_k r_k, m or n at most.
 
     Raises:
         RoundError: no update has a positive weight.
     """
     total = 0.0
     sums: dict[str, Tensor] = {}
-    products: dict[str, LowRank] = {}
+    terms: dict[str, list[LowRank]] = {module: [] for module in adapter.modules()}
     equal_ranks = True
     for result in updates:
         weight = 1.0 if weighting == "uniform" else float(result.num_examples)
@@ -47,13 +47,14 @@ def combine(adapter: Adapter, updates: Iterable[ClientUpdate], weighting: Weight
                 sums[name] = sums[name] + weight * tensor.double() if name in sums else weight * tensor.double()
         received = adapter.cut(result.update.rank)
         for module, factors in low_rank(received, result.update.tensors).items():
-            term = factors * (weight * result.update.scaling)
-            products[module] = (products[module] + term).compact() if module in products else term
+            terms[module].append(factors * (weight * result.update.scaling))
+            if sum(term.rank for term in terms[module]) > min(factors.b.shape[0], factors.a.shape[1]):
+                terms[module] = [LowRank.sum(terms[module]).compact()]
     if total == 0:
         raise RoundError("No update of this round has a positive weight (clients with num_examples = 0?).")
     return Combined(
         {name: tensor / total for name, tensor in sums.items()} if equal_ranks else {},
-        {module: factors * (1 / total) for module, factors in products.items()},
+        {module: LowRank.sum(parts) * (1 / total) for module, parts in terms.items()},
     )
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
@@ -16,7 +17,12 @@ class LowRank:
     a: Tensor
 
     def __add__(self, other: LowRank) -> LowRank:
-        return LowRank(torch.cat([self.b, other.b], dim=1), torch.cat([self.a, other.a], dim=0))
+        return LowRank.sum([self, other])
+
+    @staticmethod
+    def sum(terms: Sequence[LowRank]) -> LowRank:
+        """Return the sum of at least one matrix, concatenated once."""
+        return LowRank(torch.cat([term.b for term in terms], dim=1), torch.cat([term.a for term in terms], dim=0))
 
     def __mul__(self, factor: float) -> LowRank:
         return LowRank(self.b * factor, self.a)

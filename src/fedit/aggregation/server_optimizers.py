@@ -32,6 +32,14 @@ class FedAvg(ServerOptimizer):
     ) -> tuple[Adapter, Mapping[str, Tensor]]:
         return _moved(adapter, delta, self.learning_rate), state
 
+    def check(self, run: RunConfig) -> None:
+        if run.aggregation.refactors and self.learning_rate != 1:
+            raise ConfigError(
+                f"[server_optimizer] learning_rate = {self.learning_rate} stretches the step from the old factors to "
+                f"the new, but [aggregation] name = {run.aggregation.name!r} changes their basis in every round, so "
+                "that only the whole step means anything. Use learning_rate = 1 with it."
+            )
+
 
 class FedAvgM(ServerOptimizer):
     """Server momentum (1909.06335): v <- momentum v + D; theta <- theta + learning_rate v.

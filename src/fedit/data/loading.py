@@ -25,14 +25,19 @@ def load_examples(config: DataConfig, seed: int) -> tuple[list[Example], list[Ex
     """
     rows = read_path(config.path, seed)
     train = make_examples(rows.train, config.columns)
+    named = dict.fromkeys(example.client for example in train)
     if config.test_path is not None:
-        test_rows = read_path(config.test_path, seed)
+        test_rows = read_path(config.test_path, seed, key="test_path")
         test = make_examples(test_rows.test or test_rows.train, config.columns)
     elif rows.test is not None:
         test = make_examples(rows.test, config.columns)
     else:
         train, test = _hold_out(train, config.test_per_category, seed)
-    return _remove_duplicates(train, test), test
+    train = _remove_duplicates(train, test)
+    kept = {example.client for example in train}
+    if gone := [str(client) for client in named if client not in kept]:
+        logger.warning("All rows of these clients are held out, none is left to train on: %s.", ", ".join(gone))
+    return train, test
 
 
 def _hold_out(examples: list[Example], per_category: int, seed: int) -> tuple[list[Example], list[Example]]:

@@ -41,8 +41,8 @@ class Rows:
     test: list[Row] | None = None
 
 
-def read_path(path: str, seed: int) -> Rows:
-    """Read a file, a folder, ``builtin:pasture`` or a Hub dataset.
+def read_path(path: str, seed: int, key: str = "path") -> Rows:
+    """Read a file, a folder, ``builtin:pasture`` or a Hub dataset; `key` is what named it in the table [data].
 
     Raises:
         DataError: nothing is there, or it cannot be read; names the file and the line.
@@ -55,9 +55,9 @@ def read_path(path: str, seed: int) -> Rows:
     if place.is_file():
         return Rows(_read_file(place))
     if place.suffix.lower() not in _READERS and re.fullmatch(r"[\w-][\w.-]*/[\w.-]+", path):
-        return _read_hub(path)
+        return _read_hub(path, key)
     raise DataError(
-        f"[data] path {path!r}: no such file or folder (seen from {Path.cwd()}). Expected a JSON, JSONL, CSV or "
+        f"[data] {key} = {path!r}: no such file or folder (seen from {Path.cwd()}). Expected a JSON, JSONL, CSV or "
         "Parquet file, a folder with one file per client, a Hub name (owner/name), or builtin:pasture."
     )
 
@@ -87,12 +87,21 @@ def _read_text(path: Path) -> str:
 def _read_json(path: Path) -> list[Row]:
     text = _read_text(path)
     if not text.lstrip().startswith("["):
-        return _json_lines(path, text)
+        rows = _json_lines(path, text)
+        if len(rows) == 1 and (nested := _nested_rows(rows[0].values)):
+            raise DataError(f"{path}: one object that holds rows under {nested!r}. Expected the list of rows itself.")
+        return rows
     try:
         rows = json.loads(text)
     except json.JSONDecodeError as error:
         raise DataError(f"{path}:{error.lineno}: not valid JSON at column {error.colno}: {error.msg}.") from error
     return [_json_row(values, f"{path} row {number}") for number, values in enumerate(rows, start=1)]
+
+
+def _nested_rows(values: Mapping[str, Any]) -> str | None:
+    """Return the key of a list of objects that is no chat."""
+    lists = [key for key, value in values.items() if isinstance(value, list) and value and isinstance(value[0], dict)]
+    return next((key for key in lists if key not in {"messages", "conversations"} and len(values) <= 3), None)
 
 
 def _read_jsonl(path: Path) -> list[Row]:
@@ -207,7 +216,7 @@ def _client_name(file: Path) -> str:
 # -------------------------------------------------------------------------------------------------- Hub and builtin
 
 
-def _read_hub(name: str) -> Rows:
+def _read_hub(name: str, key: str) -> Rows:
     import datasets
     from datasets.exceptions import DatasetsError
 
@@ -215,7 +224,7 @@ def _read_hub(name: str) -> Rows:
         splits = datasets.load_dataset(name)
     except (OSError, ValueError, RuntimeError, DatasetsError) as error:
         raise DataError(
-            f"[data] path {name!r} is no file or folder here (seen from {Path.cwd()}), and the Hub dataset of that "
+            f"[data] {key} = {name!r} is no file or folder here (seen from {Path.cwd()}), and the Hub dataset of that "
             f"name could not be loaded: {error}. Check the name and the network (HF_HUB_OFFLINE=1 uses the local cache "
             "only), or save its rows as JSONL and give the file's path."
         ) from error

@@ -16,10 +16,10 @@ if TYPE_CHECKING:
 
 
 class ClientStore:
-    """A folder for each client, in it a file for each of the last two rounds that the client took part in.
+    """A folder for each client, in it a file for each of the last three rounds that the client took part in.
 
-    Two, because the round after the last checkpoint may have been under way when the run was killed: it is run again,
-    and must find what the client kept before it.
+    Three, because a run goes on from one of its two checkpoints, and the round after the last may have been under way
+    when it was killed: up to two rounds are run again, and must find what the client kept before them.
     """
 
     def __init__(self, folder: Path) -> None:
@@ -39,7 +39,7 @@ class ClientStore:
         file = self._client_folder(client) / f"round-{round_index:05d}.safetensors"
         write_atomically(file, save({name: tensor.cpu().contiguous() for name, tensor in tensors.items()}))
         files = self._files(client)
-        for old in [*files[: max(0, files.index(file) - 1)], *files[files.index(file) + 1 :]]:
+        for old in [*files[: max(0, files.index(file) - 2)], *files[files.index(file) + 1 :]]:
             old.unlink()
 
     def _client_folder(self, client: str) -> Path:

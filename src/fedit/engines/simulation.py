@@ -38,31 +38,29 @@ class Simulation:
 
     def run(self, tasks: Sequence[ClientTask]) -> Iterator[ClientUpdate | ClientFailure]:
         """Yield the clients' results as their slots finish."""
-        rounds = self._config.rounds
-        keeps_moments = self._config.client.moments == "keep"
         round_of = {task.client: task.round_index for task in tasks}
-        tuning_tasks = []
-        for task in tasks:
-            examples = self._clients[task.client]
-            num_steps = self._config.client.num_steps(len(examples))
-            tuning_tasks.append(
-                TuningTask(
-                    name=task.client,
-                    examples=examples,
-                    adapter=task.adapter,
-                    first_step=task.round_index * num_steps,
-                    first_batch=task.num_earlier * num_steps,
-                    num_steps=num_steps,
-                    total_steps=rounds * num_steps,
-                    seed=derive_seed(self._config.seed, "client", task.client),
-                    moments=self._kept_moments(task) if keeps_moments else None,
-                )
-            )
         num_slots = resolve_slots(self._config.engine.slots, len(tasks))
+        # A generator: a task, and with it what its client kept, comes into memory when a slot is free.
+        tuning_tasks = (self._tuning_task(task) for task in tasks)
         for result in tune(self._model, tuning_tasks, self._config.client, num_slots, self._on_step):
-            if keeps_moments and result.failure is None:
+            if self._config.client.moments == "keep" and result.failure is None:
                 self._keep(round_of[result.task.name], result)
             yield _answer(result)
+
+    def _tuning_task(self, task: ClientTask) -> TuningTask:
+        examples = self._clients[task.client]
+        num_steps = self._config.client.num_steps(len(examples))
+        return TuningTask(
+            name=task.client,
+            examples=examples,
+            adapter=task.adapter,
+            first_step=task.round_index * num_steps,
+            first_batch=task.num_earlier * num_steps,
+            num_steps=num_steps,
+            total_steps=self._config.rounds * num_steps,
+            seed=derive_seed(self._config.seed, "client", task.client),
+            moments=self._kept_moments(task) if self._config.client.moments == "keep" else None,
+        )
 
     def _kept_moments(self, task: ClientTask) -> Moments | None:
         kept = self._store.read(task.client, task.round_index)

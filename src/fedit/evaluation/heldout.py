@@ -83,8 +83,10 @@ def generate_answers(
     limit = GENERATED_TOKENS.get(model.device.type, GENERATED_TOKENS["cuda"])
     answers = [[""] * len(examples) for _ in adapters]
     while pairs:
-        longest = len(prompts[pairs[-1][1]]) + max_new_tokens
-        count = max(1, limit // longest)
+        longest = len(prompts[pairs[-1][1]])
+        count = max(1, limit // (longest + max_new_tokens))
+        if model.room(longest) < max_new_tokens:  # its answer must be cut short, but those of shorter prompts not
+            count = min(count, sum(len(prompts[row]) == longest for _, row in pairs))
         batch, pairs = pairs[-count:], pairs[:-count]
         texts = model.generate([prompts[row] for _, row in batch], [slot for slot, _ in batch], max_new_tokens)
         for (slot, row), text in zip(batch, texts, strict=True):

@@ -55,11 +55,13 @@ def preflight_table(partition: Mapping[str, Any]) -> RenderableType:
     clients = partition["clients"]
     table = _client_table(clients) if len(clients) <= MAX_CLIENTS else _summary_table(clients)
     encoding = partition.get("encoding", {})
+    gone = partition.get("clients_without_rows", ())
+    lost = [Text(f"Clients of whose rows none is left: {', '.join(gone)}", style="yellow")] if gone else []
     never = len(partition.get("never_sampled", ()))
     sampling = Text(
         f"Clients never sampled with this seed: {never:,} of {len(clients):,}", "yellow" if never else "dim"
     )
-    return Group(table, *([_encoding_table(encoding)] if encoding else []), *_first_dropped(encoding), sampling)
+    return Group(table, *([_encoding_table(encoding)] if encoding else []), *_first_dropped(encoding), *lost, sampling)
 
 
 def _client_table(clients: Mapping[str, Mapping[str, Any]]) -> Table:
@@ -91,28 +93,28 @@ def _summary_table(clients: Mapping[str, Mapping[str, Any]]) -> Table:
 def _encoding_table(encoding: Mapping[str, Mapping[str, Any]]) -> Table:
     """Return what became of the rows; what lost something is coloured."""
     table = Table(title="Rows as tokens", title_justify="left")
-    table.add_column("Rows of")
-    for header, _ in _ENCODING_COLUMNS:
-        table.add_column(header, justify="right")
-    for split, counts in encoding.items():
-        cells = [Text(count(counts.get(key, 0))) for _, key in _ENCODING_COLUMNS]
-        for cell in cells[3:]:
-            cell.stylize("yellow" if cell.plain != "0" else "dim")
-        table.add_row(Text(split), *cells)
+    table.add_column("")
+    for split in encoding:
+        table.add_column(Text(split), justify="right")
+    for label, key, loses in _ENCODING_LINES:
+        cells = [Text(count(counts.get(key, 0))) for counts in encoding.values()]
+        for cell in cells if loses else ():
+            cell.stylize("dim" if cell.plain == "0" else "yellow")
+        table.add_row(label, *cells)
     return table
 
 
-_ENCODING_COLUMNS = (
-    ("Rows", "rows"),
-    ("Tokens", "tokens"),
-    ("In responses", "supervised_tokens"),
-    ("Context cut", "truncated"),
-    ("Dropped", "dropped"),
-    ("too long", "too_long"),
-    ("all masked", "all_masked"),
-    ("special token", "special_token_text"),
+_ENCODING_LINES = (
+    ("Rows", "rows", False),
+    ("Tokens", "tokens", False),
+    ("Tokens in responses", "supervised_tokens", False),
+    ("Rows with a truncated context", "truncated", True),
+    ("Rows dropped", "dropped", True),
+    ("  too long without their context", "too_long", True),
+    ("  all masked: a response of no token", "all_masked", True),
+    ("  text that spells a special token", "special_token_text", True),
 )
-"""Header and key; the last three are the reasons of Dropped."""
+"""Label, key, whether it tells of a loss."""
 
 
 def _first_dropped(encoding: Mapping[str, Mapping[str, Any]]) -> list[Text]:

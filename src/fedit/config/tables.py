@@ -1,16 +1,8 @@
-"""The run description: TOML and overrides -> one frozen `RunConfig`, validated once, before anything is loaded."""
+"""The tables of a run description, validated together."""
 
 from __future__ import annotations
 
-import hashlib
-import importlib.metadata
-import importlib.resources
-import importlib.util
-import sys
-import tomllib
-from collections.abc import Callable, Mapping, Sequence
-from functools import partial
-from pathlib import Path
+from collections.abc import Mapping
 from typing import Annotated, Any, Literal, Self, TypeVar, get_args
 
 from pydantic import (
@@ -25,10 +17,10 @@ from pydantic import (
     model_validator,
 )
 
+from fedit.config.explaining import explain
 from fedit.interfaces import (
     Aggregation,
     ConfigError,
-    FeditError,
     Partition,
     Plugin,
     ServerOptimizer,
@@ -74,8 +66,15 @@ class AdapterConfig(Table):
     """One rank for all, or a list that the clients take in turn (the global adapter has the largest)."""
     alpha: float = Field(default=16.0, gt=0)
     dropout: float = Field(default=0.0, ge=0, lt=1)
-    target_modules: Literal["all-linear"] | tuple[str, ...] = "all-linear"
+    target_modules: Literal["all-linear"] | Annotated[tuple[str, ...], Field(min_length=1)] = "all-linear"
     """Names (or name endings) of the adapted layers; all-linear: every linear layer of the blocks, not the head."""
+
+    @field_validator("target_modules", mode="before")
+    @classmethod
+    def _names(cls, value: object) -> object:
+        if isinstance(value, str) and value != "all-linear":
+            raise ValueError('expected "all-linear" or a list of layer names, e.g. ["q_proj", "v_proj"]')
+        return value
 
     @property
     def max_rank(self) -> int:
@@ -226,6 +225,11 @@ class RunConfig(Table):
                 f"[aggregation] name = {self.aggregation.name!r} needs clients of equal rank, got [adapter] rank = "
                 f"{list(self.adapter.rank)}. Use one rank, or one of: {', '.join(able)}."
             )
+        if self.client.moments == "keep" and self.aggregation.refactors:
+            raise ConfigError(
+                f'[client] moments = "keep" goes on with moments of the old factors, but [aggregation] name = '
+                f'{self.aggregation.name!r} changes their basis in every round. Use moments = "reset" with it.'
+            )
         for plugin in (self.data.template, self.partition, self.aggregation, self.server_optimizer):
             plugin.check(self)
 
@@ -234,148 +238,9 @@ class RunConfig(Table):
         return self.model_dump(mode="json")
 
 
-# --------------------------------------------------------------------------------------------------------- loading
-
-
-def load_plugins(files: Sequence[Path] = ()) -> None:
-    """Import every module of the entry-point group ``fedit.plugins`` (fedit's own among them) and `files`.
-
-    Raises:
-        ConfigError: a file is missing, a module does not import, or a plug-in takes another's name.
-    """
-    for entry_point in importlib.metadata.entry_points(group="fedit.plugins"):
-        _import(f"The plug-in module {entry_point.value}", entry_point.load)
-    for file in files:
-        path = file.resolve()
-        module_name = f"fedit_plugin_{path.stem}_{hashlib.sha256(str(path).encode()).hexdigest()[:8]}"
-        if module_name in sys.modules:
-            continue
-        spec = importlib.util.spec_from_file_location(module_name, path)
-        if not path.is_file() or spec is None or spec.loader is None:
-            raise ConfigError(f"--plugin {file}: no such Python file.")
-        module = importlib.util.module_from_spec(spec)
-        sys.modules[module_name] = module
-        try:
-            _import(f"--plugin {file}", partial(spec.loader.exec_module, module))
-        except ConfigError:
-            del sys.modules[module_name]
-            raise
-
-
-def _import(what: str, execute: Callable[[], object]) -> None:
-    try:
-        execute()
-    except FeditError as error:
-        raise ConfigError(f"{what}: {error}") from error
-    except Exception as error:  # this code is not ours, so it may raise anything
-        raise ConfigError(f"{what} does not import: {type(error).__name__}: {error}") from error
-
-
-def shipped_recipes() -> dict[str, Path]:
-    """Return the recipes that come with fedit, by name."""
-    folder = Path(str(importlib.resources.files("fedit") / "recipes"))
-    return {path.stem: path for path in sorted(folder.glob("*.toml"))}
-
-
-def load_config(recipe: str, overrides: Sequence[str] = (), plugin_files: Sequence[Path] = ()) -> RunConfig:
-    """Read a recipe (a TOML file, or the name of a shipped one), apply ``key.sub=value`` overrides and check it.
-
-    Raises:
-        ConfigError: naming each wrong key with what was got and expected.
-    """
-    load_plugins(plugin_files)
-    path = Path(recipe) if recipe.endswith(".toml") else shipped_recipes().get(recipe)
-    if path is None:
-        raise ConfigError(f"No shipped recipe is named {recipe!r}. {did_you_mean(recipe, shipped_recipes())}")
-    try:
-        tables = tomllib.loads(path.read_text(encoding="utf-8"))
-    except OSError as error:
-        raise ConfigError(f"Recipe {path} cannot be read: {error.strerror}.") from error
-    except (tomllib.TOMLDecodeError, UnicodeDecodeError) as error:
-        raise ConfigError(f"Recipe {path} is not valid TOML: {error}.") from error
-    return parse_config(apply_overrides(tables, overrides))
-
-
-def parse_config(tables: Mapping[str, Any]) -> RunConfig:
-    """Return the checked configuration of TOML (or `RunConfig.to_json`) tables."""
-    try:
-        config = RunConfig.model_validate(tables)
-    except ValidationError as error:
-        raise ConfigError(_explain(error, RunConfig)) from error
-    config.check()
-    return config
-
-
-def apply_overrides(tables: Mapping[str, Any], overrides: Sequence[str]) -> dict[str, Any]:
-    """Return `tables` with each ``key.sub=value`` set; the value is read as TOML, or as text where it is none.
-
-    Choosing another plug-in (``partition.name=dirichlet``) drops the parameters that the table gave to the former.
-    """
-    result: dict[str, Any] = {
-        key: dict(value) if isinstance(value, Mapping) else value for key, value in tables.items()
-    }
-    # A whole table, or the name that empties it, comes before its parameters, in whatever order they are given.
-    outer_first = sorted(overrides, key=lambda item: item.partition("=")[0].strip().removesuffix(".name").count("."))
-    for item in outer_first:
-        key, equals, text = item.partition("=")
-        parts = key.strip().split(".")
-        if not equals or not all(parts):
-            raise ConfigError(f"-o {item}: expected key.sub=value, e.g. -o client.learning_rate=1e-3.")
-        table = result
-        for part in parts[:-1]:
-            inner = table.get(part)
-            table[part] = dict(inner) if isinstance(inner, Mapping) else {} if inner is None else {"name": inner}
-            table = table[part]
-        value = _toml_value(text.strip())
-        if parts[-1] == "name" and table.get("name", value) != value:
-            table.clear()
-        table[parts[-1]] = value
-    return result
-
-
-def _toml_value(text: str) -> Any:
-    try:
-        return tomllib.loads(f"value = {text}")["value"]
-    except tomllib.TOMLDecodeError:
-        return text
-
-
 def _plugin(base: type[P], value: object) -> P:
     try:
         return base.resolve(value)
     except ValidationError as error:
         name = value.get("name") if isinstance(value, Mapping) else value
-        raise ConfigError(_explain(error, plugins(base.kind)[str(name)], f"[{base.kind}] {name}: ")) from error
-
-
-def _explain(error: ValidationError, model: type[BaseModel], prefix: str = "") -> str:
-    """Return one line per wrong key: where, what was expected, what was got."""
-    lines = []
-    for problem in error.errors():
-        if problem["type"] == "extra_forbidden":
-            where = [str(part) for part in problem["loc"]]
-            fields = _fields_at(model, where[:-1])
-            lines.append(f"unknown key {'.'.join(where)!r}. {did_you_mean(where[-1], fields)}")
-            continue
-        where = [str(part) for part in problem["loc"] if not _is_union_branch(part)]
-        message = problem["msg"].removeprefix("Value error, ")
-        if problem["type"] == "model_type":
-            message = "expected a table"
-        # A rule about a whole table has said what is wrong; to repeat the table would bury it.
-        if problem["type"] != "value_error" or not isinstance(problem["input"], Mapping):
-            message += f", got {problem['input']!r}"
-        lines.append(f"{'.'.join(where) or 'configuration'}: {message}")
-    return "\n".join(prefix + line for line in dict.fromkeys(lines))
-
-
-def _is_union_branch(part: str | int) -> bool:
-    return isinstance(part, str) and ("[" in part or part in {"int", "float", "constrained-int"})
-
-
-def _fields_at(model: type[BaseModel], path: Sequence[str]) -> list[str]:
-    for part in path:
-        annotation = model.model_fields[part].annotation if part in model.model_fields else None
-        if not (isinstance(annotation, type) and issubclass(annotation, BaseModel)):
-            return []
-        model = annotation
-    return list(model.model_fields)
+        raise ConfigError(explain(error, plugins(base.kind)[str(name)], f"[{base.kind}] {name}: ")) from error
