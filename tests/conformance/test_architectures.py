@@ -11,6 +11,7 @@ import torch
 from peft import PeftModel
 from transformers import AutoConfig, AutoModelForCausalLM
 
+from fedit.attention import BLOCK, NAME
 from fedit.base import find_targets, load_base, load_tokenizer
 from fedit.config import AdapterConfig, ModelConfig, RunConfig, load_plugins
 from fedit.export import save_adapter
@@ -25,15 +26,26 @@ SMALL: dict[str, Any] = {
     "num_key_value_heads": 2,
     "head_dim": 8,
     "vocab_size": 258,
-    "max_position_embeddings": 64,
+    "max_position_embeddings": 128,
     "pad_token_id": None,
     "bos_token_id": 0,
     "eos_token_id": 1,
 }
 ARCHITECTURES: dict[str, dict[str, Any]] = {
-    "gpt2": {"n_embd": 32, "n_layer": 2, "n_head": 4, "n_positions": 64, "vocab_size": 258, "eos_token_id": 1},
+    "gpt2": {"n_embd": 32, "n_layer": 2, "n_head": 4, "n_positions": 128, "vocab_size": 258, "eos_token_id": 1},
     "llama": SMALL,
-    "mistral": SMALL | {"sliding_window": 8},
+    "mistral": SMALL | {"sliding_window": 80},  # longer than some rows, shorter than others
+    "deepseek_v3": SMALL  # keys and values of different widths; without experts, which cannot be stacked
+    | {
+        "first_k_dense_replace": 2,
+        "kv_lora_rank": 8,
+        "q_lora_rank": 8,
+        "qk_nope_head_dim": 8,
+        "qk_rope_head_dim": 4,
+        "v_head_dim": 6,
+        "num_key_value_heads": 4,
+        "head_dim": 4,
+    },
     "qwen2": SMALL,
     "qwen3": SMALL,
     "gemma2": SMALL | {"final_logit_softcapping": 3.0, "sliding_window": 8},
@@ -44,7 +56,7 @@ ARCHITECTURES: dict[str, dict[str, Any]] = {
         "num_hidden_layers": 2,
         "num_attention_heads": 4,
         "vocab_size": 258,
-        "max_position_embeddings": 64,
+        "max_position_embeddings": 128,
         "word_embed_proj_dim": 32,
     },
 }
@@ -77,7 +89,7 @@ def random_adapter(model: StackedModel) -> Adapter:
 def examples() -> list[EncodedExample]:
     rng = np.random.default_rng(3)
     rows = []
-    for length in (9, 14, 5, 14):
+    for length in (9, BLOCK + 26, 5, BLOCK + 26):
         ids = rng.integers(2, 258, length).astype(np.int32)
         rows.append(EncodedExample(ids, np.arange(length) >= length - 4, Example((Turn("", ""),))))
     return rows
@@ -90,6 +102,7 @@ def peft_losses(model: torch.nn.Module, example: EncodedExample) -> torch.Tensor
     return torch.nn.functional.cross_entropy(logits, ids[0, 1:], reduction="none")[example.supervised[1:]]
 
 
+@pytest.mark.filterwarnings("ignore:target_parameters=:RuntimeWarning")  # PEFT looks for the experts that we left out
 def test_losses_equal_peft_of_the_exported_adapter(folder: Path, tmp_path: Path) -> None:
     load_plugins()
     model = stacked(folder)
@@ -126,3 +139,19 @@ def test_head_is_not_adapted_and_targets_select(folder: Path) -> None:
     assert all(name.endswith(f".{ending}") for name in chosen)
     with pytest.raises(EngineError, match=f"Did you mean '{ending}'"):
         find_targets(base, [ending + "x"])
+
+
+def test_sparse_attention_is_left_to_torch(tmp_path: Path) -> None:
+    """Its code hands the mask of the chosen keys to attention of known names only."""
+    small = ARCHITECTURES["deepseek_v3"] | {"index_n_heads": 2, "index_head_dim": 8, "index_topk": 16}
+    config = AutoConfig.for_model("deepseek_v32", **small)
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(0)
+        AutoModelForCausalLM.from_config(config).float().save_pretrained(tmp_path)
+    base = load_base(ModelConfig(path=str(tmp_path), dtype="float32"), torch.device("cpu"))
+    assert base.config._attn_implementation == "sdpa"
+
+
+def test_usual_models_attend_in_blocks(tiny_model_folder: Path) -> None:
+    base = load_base(ModelConfig(path=str(tiny_model_folder), dtype="float32"), torch.device("cpu"))
+    assert base.config._attn_implementation == NAME

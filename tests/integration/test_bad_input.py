@@ -10,6 +10,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from safetensors.torch import load_file
 
 from fedit.model import Batch, StackedModel
 
@@ -65,6 +66,18 @@ def test_a_column_that_the_file_lacks(refused, data) -> None:
     message = refused("DataError", *options(data__columns='{ instruction = "question" }'))
     assert f"{data}:1: no column 'question'" in message
     assert "Columns found: instruction, response, category, client" in message
+
+
+def test_a_client_that_loses_all_its_rows_is_named(fedit, recipe, data) -> None:
+    """Its responses are longer than the cutoff; the others stay, so this is no refusal, but it is said."""
+    rows = [json.loads(line) for line in data.read_text().splitlines()]
+    for row in rows:
+        row["response"] *= 20 if row["client"] == "b" else 1
+    data.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    done = fedit("check", recipe, *options(partition__name="natural", data__max_length=40))
+    assert done.status == 0, done.stderr
+    assert "Clients of whose rows none is left: b" in done.stderr
+    assert "2 clients" in done.stderr
 
 
 def test_more_clients_than_rows(refused) -> None:
@@ -237,7 +250,7 @@ def poison(monkeypatch: pytest.MonkeyPatch) -> Callable[[str], None]:
 
 
 def test_one_client_diverges(fedit, recipe, tmp_path, poison) -> None:
-    """It is a recorded failure of every round; the rest go on, to the bit as if it did not exist in the round."""
+    """It is a recorded failure of every round; the rest go on."""
     poison("~")
     natural = options(partition__name="natural")
     done = fedit("run", recipe, "--out", tmp_path / "out", *natural)
@@ -258,6 +271,21 @@ def test_one_client_diverges(fedit, recipe, tmp_path, poison) -> None:
     )
     page = (tmp_path / "out" / "report.html").read_text()
     assert "is not finite at step" in page
+
+
+def test_a_client_that_diverges_leaves_no_trace_in_the_adapter(fedit, recipe, data, tmp_path, poison) -> None:
+    """Up to rounding, since rows of other clients share its batches."""
+    (tmp_path / "test.jsonl").write_text('{"instruction": "f", "response": "g"}\n')
+    run = ["run", recipe, *options(partition__name="natural", data__test_path=tmp_path / "test.jsonl")]
+    run += options(evaluation__baselines="false", evaluation__max_new_tokens=0)
+    poison("~")
+    assert fedit(*run, "--out", tmp_path / "with").status == 0
+    data.write_text("".join(line for line in data.read_text().splitlines(keepends=True) if '"c"' not in line))
+    assert fedit(*run, "--out", tmp_path / "without").status == 0
+    one, other = (load_file(tmp_path / out / "adapter/adapter_model.safetensors") for out in ("with", "without"))
+    assert one.keys() == other.keys()
+    for name, tensor in one.items():
+        assert (tensor - other[name]).norm() < 1e-4 * tensor.norm()
 
 
 def test_all_clients_diverge(fedit, recipe, tmp_path, poison, monkeypatch) -> None:

@@ -381,6 +381,14 @@ def test_chat_remembers_the_turns(fedit, finished, monkeypatch) -> None:
     assert first == third
 
 
+def test_chat_goes_on_after_a_question_that_is_too_long(fedit, finished, monkeypatch) -> None:
+    typed(monkeypatch, ["ab 1?", "x" * 5000, "ab 1?"])
+    done = fedit("chat", finished, "--max-new-tokens", "5")
+    assert done.status == 0, done.stderr
+    assert "The question has" in done.stderr
+    assert len(done.stdout.splitlines()) >= 2
+
+
 def test_report_again(fedit, finished) -> None:
     (finished / "report.html").unlink()
     done = fedit("report", finished)

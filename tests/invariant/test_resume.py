@@ -289,6 +289,18 @@ def test_resuming_on_another_base_is_refused(fedit, tiny_model_folder, uninterru
     assert_same_results(killed, uninterrupted)
 
 
+def test_resuming_in_another_precision_is_refused(fedit, killed) -> None:
+    described = killed / "config.json"
+    content = described.read_text()
+    started = json.loads(content)
+    started["hardware"]["dtype"] = "bfloat16"
+    described.write_text(json.dumps(started))
+    refused = fedit("run", "--resume", killed)
+    described.write_text(content)
+    assert refused.status == 1
+    assert "was started on a base of other precision" in refused.output
+
+
 @pytest.mark.parametrize("option", [["-o", "rounds=9"], ["--seed", "3"], ["--out", "elsewhere"], ["dolly"]])
 def test_resuming_with_another_configuration_is_refused(fedit, killed, option: list[str]) -> None:
     before = contents(killed)

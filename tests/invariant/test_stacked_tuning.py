@@ -15,6 +15,7 @@ from transformers import AutoModelForCausalLM
 
 from fedit.base import load_base, load_tokenizer
 from fedit.config import AdapterConfig, ClientConfig, ModelConfig
+from fedit.evaluation.heldout import generate_answers
 from fedit.interfaces import Adapter, EncodedExample, EngineError, Example, Turn
 from fedit.model import Batch, StackedModel
 from fedit.tuning import TuningTask, batch_indices, tune
@@ -197,6 +198,23 @@ def test_losses_equal_the_whole_sequence_logits(tiny_model_folder: Path) -> None
         logits = torch.func.functional_call(base, weights, (ids,)).logits[0, :-1]
         expected = torch.nn.functional.cross_entropy(logits, ids[0, 1:], reduction="none")[example.supervised[1:]]
         torch.testing.assert_close(losses[rows == row], expected, rtol=1e-4, atol=1e-5)
+
+
+def test_answers_do_not_depend_on_who_shares_the_batch(tiny_model_folder: Path) -> None:
+    """A prompt without room for a whole answer (context 512) gets a short one; those of other prompts stay whole."""
+    model = load(tiny_model_folder, AdapterConfig(rank=6, alpha=12))
+    adapters = [random_adapter(model, seed, 6) for seed in (1, 2)]
+    rows = [make_long(length) for length in (10, 505, 300, 505, 511)]
+    together = generate_answers(model, adapters, rows, 20)
+    for index, row in enumerate(rows):
+        alone = generate_answers(model, adapters, [row], 20)
+        assert [answers[index] for answers in together] == [answers[0] for answers in alone]
+    assert len(together[0][0]) > len(together[0][1]) > 0
+
+
+def make_long(length: int) -> EncodedExample:
+    ids = np.random.default_rng(length).integers(3, 200, length + 1).astype(np.int32)
+    return EncodedExample(ids, np.arange(length + 1) >= length, Example((Turn("", ""),)))
 
 
 def test_a_diverging_client_fails_alone(tiny_model_folder: Path) -> None:

@@ -75,6 +75,8 @@ def test_unknown_words_are_answered_with_the_nearest_known_one(tables: dict[str,
         ({"client": 3}, "client: expected a table, got 3"),
         ({"adapter": {"rank": [8, 0]}}, "adapter.rank.1: Input should be greater than or equal to 1, got 0"),
         ({"adapter": {"rank": []}}, "adapter.rank: Tuple should have at least 1 item"),
+        ({"adapter": {"target_modules": []}}, "adapter.target_modules: Tuple should have at least 1 item"),
+        ({"adapter": {"target_modules": "q_proj"}}, 'expected "all-linear" or a list of layer names'),
         ({"adapter": {"dropout": 1.0}}, "adapter.dropout: Input should be less than 1, got 1.0"),
         (
             {"client": {"local_epochs": 1, "learning_rate": float("inf")}},
@@ -93,6 +95,10 @@ def test_unknown_words_are_answered_with_the_nearest_known_one(tables: dict[str,
 )
 def test_wrong_values_are_named_with_what_was_got(tables: dict[str, object], message: str):
     assert message in refusal(tables)
+
+
+def test_a_value_of_two_types_is_refused_once():
+    assert refusal({"adapter": {"rank": -1}}) == "adapter.rank: Input should be greater than or equal to 1, got -1"
 
 
 def test_every_wrong_key_is_named_at_once():
@@ -118,6 +124,14 @@ def test_every_wrong_key_is_named_at_once():
         (
             {"adapter": {"rank": [4, 8]}, "aggregation": "fedit"},
             "[adapter] rank = [4, 8]. Use one rank, or one of: flexlora",
+        ),
+        (
+            {"aggregation": "flexlora", "server_optimizer": {"name": "fedavg", "learning_rate": 2.0}},
+            "[server_optimizer] learning_rate = 2.0 stretches the step",
+        ),
+        (
+            {"aggregation": "flexlora", "client": {"local_steps": 1, "moments": "keep"}},
+            '[client] moments = "keep" goes on with moments of the old factors',
         ),
     ],
 )

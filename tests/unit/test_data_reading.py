@@ -128,6 +128,7 @@ def test_empty_file(tmp_path: Path, name: str) -> None:
         ),
         ("rows.csv", 'instruction,response\na,"b\n', "rows.csv:2: not valid CSV"),
         ("rows.csv", "a,a\n1,2\n", "rows.csv:1: two columns have the same name"),
+        ("rows.json", '{"data": [{"instruction": "a"}]}', "rows.json: one object that holds rows under 'data'"),
         ("rows.parquet", "PAR0", "rows.parquet: not a valid Parquet file"),
         ("rows.txt", "hello", "rows.txt: cannot read .txt. Use .jsonl, .json, .csv, .parquet"),
     ],
@@ -201,6 +202,20 @@ def test_a_folder_without_client_files(tmp_path: Path) -> None:
 
 
 # ------------------------------------------------------------------------------------------------------- test rows
+
+
+def test_missing_held_out_rows_are_named_as_such(lines: Path) -> None:
+    with pytest.raises(DataError, match=r"\[data\] test_path = 'absent.jsonl': no such file"):
+        load_examples(DataConfig(path=str(lines), test_path="absent.jsonl"), 0)
+
+
+def test_a_client_whose_rows_are_all_held_out_is_named(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    rows = [{"instruction": f"{n}?", "response": "yes", "client": "a", "category": "x"} for n in range(5)]
+    rows.append({"instruction": "0?", "response": "no", "client": "lost", "category": "x"})
+    (tmp_path / "test.json").write_text(json.dumps(rows[-1:]))
+    (tmp_path / "rows.json").write_text(json.dumps(rows))
+    load_examples(DataConfig(path=str(tmp_path / "rows.json"), test_path=str(tmp_path / "test.json")), 0)
+    assert "none is left to train on: lost." in caplog.text
 
 
 def test_rows_are_held_out_by_category_and_seed(lines: Path) -> None:

@@ -364,6 +364,19 @@ def test_no_checkpoint_yet(tmp_path: Path) -> None:
     assert load_state(tmp_path / "absent") is None
 
 
+def test_a_damaged_checkpoint_is_named(tmp_path: Path) -> None:
+    for round_index in (1, 2):
+        save_state(ServerState(round_index, random_adapter(round_index)), tmp_path)
+    last = tmp_path / "round-00002.safetensors"
+    last.write_bytes(last.read_bytes()[:100])
+    with pytest.raises(RoundError, match=r"round-00002.safetensors is damaged.*Delete it to go on from the one before"):
+        load_state(tmp_path)
+    last.unlink()
+    loaded = load_state(tmp_path)
+    assert loaded is not None
+    assert loaded.round_index == 1
+
+
 def test_the_last_checkpoints_are_kept(tmp_path: Path) -> None:
     state = state_after(1)
     for index in [*range(8, 13), 99_999, 100_000]:
