@@ -103,7 +103,7 @@ def peft_losses(model: torch.nn.Module, example: EncodedExample) -> torch.Tensor
 
 
 @pytest.mark.filterwarnings(
-    "ignore:.*(target_parameters=|rank_pattern keys):RuntimeWarning"
+    "ignore:.*(target_parameters=|_pattern keys):RuntimeWarning"
 )  # DeepSeek without experts
 def test_losses_equal_peft_of_the_exported_adapter(folder: Path, tmp_path: Path) -> None:
     load_plugins()
