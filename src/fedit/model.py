@@ -143,7 +143,8 @@ class StackedLora(nn.Module):
         if routing.slots is None or routing.scaling is None:
             return output
         rows = len(routing.slots)
-        if x.shape[:-1] not in ((rows, routing.length), (rows * routing.length,)):
+        num_tokens = rows * routing.length
+        if x.shape[:-1].numel() != num_tokens or x.shape[0] not in (rows, num_tokens):
             raise EngineError(
                 f"Layer {self.name} receives {list(x.shape)}, not all tokens of {rows} rows: the rows cannot be told "
                 "apart (an expert layer?). Leave it out of [adapter] target_modules."
