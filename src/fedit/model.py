@@ -22,6 +22,7 @@ from transformers.pytorch_utils import Conv1D
 
 from fedit.base import find_targets, is_linear, linear_shape
 from fedit.config import AdapterConfig
+from fedit.head import FrozenHeadLoss, is_plain_head
 from fedit.interfaces import Adapter, EncodedExample, EngineError
 
 if TYPE_CHECKING:
@@ -79,6 +80,8 @@ class _Routing:
     """Tokens of each row in this call of the base"""
     dropout: list[tuple[torch.Generator, int]] | None = None
     head_positions: Tensor | None = None
+    hidden: Tensor | None = None
+    """What a plain head would have seen at these positions, [N, d]"""
 
 
 class _StackedProduct(torch.autograd.Function):
@@ -204,6 +207,8 @@ class StackedModel:
             raise EngineError(
                 f"{type(base).__name__} has no language-model head, so it cannot be tuned as a causal LM."
             )
+        # The check sees the base without adapters and hooks.
+        self._plain_head = head if is_plain_head(base, head) else None
         head.register_forward_pre_hook(self._select_supervised)
         self.processed_tokens = 0
         """Padding included, in all calls of `token_losses`; for whoever wants to know what padding costs."""
@@ -298,15 +303,20 @@ class StackedModel:
     def token_losses(self, batch: Batch) -> tuple[Tensor, Tensor]:
         """Return the negative log-likelihood (nats, [N]) of each supervised token, and its row (int64 [N]).
 
-        The head sees only the N positions that predict a supervised token; the order is row by row.
+        The head is applied to the N positions that predict a supervised token only; the order is row by row.
         """
         self.processed_tokens += batch.input_ids.numel()
         row, position = batch.supervised.nonzero(as_tuple=True)
         head_positions = row * batch.input_ids.shape[1] + position - 1
+        targets = batch.input_ids[row, position]
         with self._route(batch.slots, head_positions, list(zip(batch.dropout_seeds, batch.lengths, strict=False))):
             logits = self.base(input_ids=batch.input_ids, use_cache=False).logits[0]
+            hidden = self._routing.hidden
+        if self._plain_head is not None:
+            head = self._plain_head
+            return FrozenHeadLoss.apply(hidden, head.weight, head.bias, targets), row
         logits = logits.to(torch.promote_types(logits.dtype, torch.float32))
-        return cross_entropy(logits, batch.input_ids[row, position], reduction="none"), row
+        return cross_entropy(logits, targets, reduction="none"), row
 
     @torch.inference_mode()
     def generate(self, prompts: Sequence[np.ndarray], slots: Sequence[int], max_new_tokens: int) -> list[str]:
@@ -345,17 +355,24 @@ class StackedModel:
         try:
             yield
         finally:
-            routing.slots = routing.scaling = routing.head_positions = routing.dropout = None
+            routing.slots = routing.scaling = routing.head_positions = routing.dropout = routing.hidden = None
 
     def _note_length(self, _base: nn.Module, _arguments: tuple[object, ...], named: dict[str, Tensor]) -> None:
         self._routing.length = named["input_ids"].shape[1]
 
     def _select_supervised(self, _head: nn.Module, inputs: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
-        """Let the head see the chosen positions only; works for any architecture, whatever follows its head."""
+        """Let the head see the chosen positions only, whatever follows it.
+
+        A plain head is applied later, chunk by chunk: here it gets the first position, and the states are kept.
+        """
         positions = self._routing.head_positions
         if positions is None:
             return inputs
-        return (inputs[0].flatten(0, 1).index_select(0, positions)[None], *inputs[1:])
+        hidden = inputs[0].flatten(0, 1).index_select(0, positions)
+        if self._plain_head is not None:
+            self._routing.hidden = hidden
+            hidden = hidden[:1]
+        return (hidden[None], *inputs[1:])
 
 
 def _factor_shapes(layer: StackedLora, rank: int) -> Mapping[str, tuple[int, int]]:
