@@ -5,6 +5,7 @@ All models are adapters on the one base, so rows of different models share a for
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Callable, Iterator, Mapping, Sequence
 
 import numpy as np
@@ -78,19 +79,24 @@ def generate_answers(
     _fill(model, adapters)
     prompts = [example.prompt_ids for example in examples]
     pairs = [(slot, row) for slot in range(len(adapters)) for row in range(len(examples))]
-    # A batch lasts as long as its longest answer: the base, which never learned to stop, gets batches of its own.
-    pairs.sort(key=lambda pair: (adapters[pair[0]] is None, len(prompts[pair[1]])))
     limit = GENERATED_TOKENS.get(model.device.type, GENERATED_TOKENS["cuda"])
     answers = [[""] * len(examples) for _ in adapters]
-    while pairs:
-        longest = len(prompts[pairs[-1][1]])
-        count = max(1, limit // (longest + max_new_tokens))
-        if model.room(longest) < max_new_tokens:  # its answer must be cut short, but those of shorter prompts not
-            count = min(count, sum(len(prompts[row]) == longest for _, row in pairs))
-        batch, pairs = pairs[-count:], pairs[:-count]
-        texts = model.generate([prompts[row] for _, row in batch], [slot for slot, _ in batch], max_new_tokens)
-        for (slot, row), text in zip(batch, texts, strict=True):
-            answers[slot][row] = text.strip()
+
+    def kind(pair: tuple[int, int]) -> tuple[bool, int]:
+        """Who may share a batch: it lasts as long as its longest answer, and the base never learned to stop; and it
+        ends where its longest prompt fills the context, which must cut no shorter prompt's answer."""
+        length = len(prompts[pair[1]])
+        return adapters[pair[0]] is None, length if model.room(length) < max_new_tokens else 0
+
+    pairs.sort(key=lambda pair: (*kind(pair), len(prompts[pair[1]])))
+    for _, group in itertools.groupby(pairs, kind):
+        waiting = list(group)
+        while waiting:
+            count = max(1, limit // (len(prompts[waiting[-1][1]]) + max_new_tokens))
+            batch, waiting = waiting[-count:], waiting[:-count]
+            texts = model.generate([prompts[row] for _, row in batch], [slot for slot, _ in batch], max_new_tokens)
+            for (slot, row), text in zip(batch, texts, strict=True):
+                answers[slot][row] = text.strip()
     return answers
 
 
