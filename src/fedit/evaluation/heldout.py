@@ -84,7 +84,8 @@ def generate_answers(
 
     def kind(pair: tuple[int, int]) -> tuple[bool, int]:
         """Who may share a batch: it lasts as long as its longest answer, and the base never learned to stop; and it
-        ends where its longest prompt fills the context, which must cut no shorter prompt's answer."""
+        ends where its longest prompt fills the context, which must cut no shorter prompt's answer.
+        """
         length = len(prompts[pair[1]])
         return adapters[pair[0]] is None, length if model.room(length) < max_new_tokens else 0
 
