@@ -128,7 +128,6 @@ def test_empty_file(tmp_path: Path, name: str) -> None:
         ),
         ("rows.csv", 'instruction,response\na,"b\n', "rows.csv:2: not valid CSV"),
         ("rows.csv", "a,a\n1,2\n", "rows.csv:1: two columns have the same name"),
-        ("rows.json", '{"data": [{"instruction": "a"}]}', "rows.json: one object that holds rows under 'data'"),
         ("rows.parquet", "PAR0", "rows.parquet: not a valid Parquet file"),
         ("rows.txt", "hello", "rows.txt: cannot read .txt. Use .jsonl, .json, .csv, .parquet"),
     ],

@@ -135,3 +135,15 @@ def test_a_mapped_column_must_exist() -> None:
 
 def test_messages_and_instruction_cannot_both_be_mapped() -> None:
     assert "remove instruction" in refusal({"talk": CHAT, "q": "a"}, messages="talk", instruction="q")
+
+
+def test_rows_that_lie_under_a_key_are_hinted_at() -> None:
+    with pytest.raises(
+        DataError, match=r"'data' holds a list of objects\. If these are the rows, save that list alone"
+    ):
+        make_examples([Row({"version": "1", "data": [{"instruction": "a"}]}, "rows.json:1")], {})
+
+
+def test_a_row_with_a_list_of_objects_of_its_own_is_a_row() -> None:
+    row = Row({"instruction": "a", "response": "b", "tags": [{"name": "x"}]}, "rows.json:1")
+    assert make_examples([row], {})[0].response == "b"

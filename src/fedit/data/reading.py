@@ -87,21 +87,12 @@ def _read_text(path: Path) -> str:
 def _read_json(path: Path) -> list[Row]:
     text = _read_text(path)
     if not text.lstrip().startswith("["):
-        rows = _json_lines(path, text)
-        if len(rows) == 1 and (nested := _nested_rows(rows[0].values)):
-            raise DataError(f"{path}: one object that holds rows under {nested!r}. Expected the list of rows itself.")
-        return rows
+        return _json_lines(path, text)
     try:
         rows = json.loads(text)
     except json.JSONDecodeError as error:
         raise DataError(f"{path}:{error.lineno}: not valid JSON at column {error.colno}: {error.msg}.") from error
     return [_json_row(values, f"{path} row {number}") for number, values in enumerate(rows, start=1)]
-
-
-def _nested_rows(values: Mapping[str, Any]) -> str | None:
-    """Return the key of a list of objects that is no chat."""
-    lists = [key for key, value in values.items() if isinstance(value, list) and value and isinstance(value[0], dict)]
-    return next((key for key in lists if key not in {"messages", "conversations"} and len(values) <= 3), None)
 
 
 def _read_jsonl(path: Path) -> list[Row]:

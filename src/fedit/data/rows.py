@@ -81,11 +81,21 @@ def _value(row: Row, names: tuple[str, ...]) -> Any:
 
 def _missing(row: Row, part: str, names: tuple[str, ...]) -> DataError:
     columns = list(row.values)
+    nested = next((name for name, value in row.values.items() if value and _is_list_of_objects(value)), None)
+    if nested is not None:
+        return DataError(
+            f"{row.source}: no column holds the {part}, but {nested!r} holds a list of objects. If these are the rows, "
+            "save that list alone."
+        )
     likely = columns[0] if columns else "..."
     return DataError(
         f"{row.source}: no column holds the {part} (looked for {', '.join(names)}). Columns found: "
         f'{", ".join(columns) or "none"}. Name it, e.g. [data] columns = {{ {part} = "{likely}" }}.'
     )
+
+
+def _is_list_of_objects(value: object) -> bool:
+    return isinstance(value, list) and all(isinstance(item, Mapping) for item in value)
 
 
 def _text(row: Row, part: str, value: object, required: bool = False) -> str:
