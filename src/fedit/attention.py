@@ -43,7 +43,7 @@ class BlockedCausalAttention(torch.autograd.Function):
         hidden = torch.ones(BLOCK, BLOCK, dtype=torch.bool, device=query.device).triu_(1)
         probabilities = []
         for start, end in _blocks(length):
-            scores = _flat(query[..., start:end, :], 2) @ _flat(key[:, :, :end]).mT
+            scores = _flat(query[..., start:end, :]) @ _flat(key[:, :, :end]).mT
             scores = scores.view(rows, heads, end - start, end)
             scores[..., start:].masked_fill_(hidden[: end - start, : end - start], -torch.inf)
             seen = scores.softmax(-1).view(rows * groups, -1, end)
@@ -62,7 +62,7 @@ class BlockedCausalAttention(torch.autograd.Function):
         of_query = torch.empty_like(query)
         of_key, of_value = torch.zeros_like(key), torch.zeros_like(value)
         for (start, end), seen in zip(_blocks(length), probabilities, strict=True):
-            queries, answers = _flat(query[..., start:end, :], 2), _flat(of_output[..., start:end, :], 2)
+            queries, answers = _flat(query[..., start:end, :]), _flat(of_output[..., start:end, :])
             of_seen = answers @ _flat(value[:, :, :end]).mT
             of_scores = torch.ops.aten._softmax_backward_data(of_seen, seen, -1, seen.dtype)
             block = (of_scores @ _flat(key[:, :, :end])).mul_(ctx.scaling)
@@ -76,9 +76,9 @@ def _blocks(length: int) -> Iterator[tuple[int, int]]:
     return ((start, min(start + BLOCK, length)) for start in range(0, length, BLOCK))
 
 
-def _flat(x: Tensor, dims: int = 1) -> Tensor:
-    """Join rows and heads into one batch, and (`dims` 2) the query heads that share a key with their positions."""
-    return x.flatten(0, 1) if dims == 1 else x.reshape(x.shape[0] * x.shape[1], -1, x.shape[-1])
+def _flat(x: Tensor) -> Tensor:
+    """Return x [R, G, ..., D] as [R G, positions, D]: query heads that share a key are further positions."""
+    return x.reshape(x.shape[0] * x.shape[1], -1, x.shape[-1])
 
 
 def _attend(
@@ -105,7 +105,7 @@ def _attend(
     return BlockedCausalAttention.apply(query, key, value, scaling), None
 
 
-def suits(base: PreTrainedModel) -> bool:
+def can_attend_in_blocks(base: PreTrainedModel) -> bool:
     """Tell whether blocked attention does in `base` what transformers' default, torch's, does.
 
     Not where the model's code asks for the name of its attention: sparse models hand their masks to known names only.

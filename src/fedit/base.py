@@ -12,7 +12,7 @@ from torch import nn
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
 from transformers.pytorch_utils import Conv1D
 
-from fedit.attention import blocked_attention, suits
+from fedit.attention import blocked_attention, can_attend_in_blocks
 from fedit.builtin import CRIA_FOLDER
 from fedit.config import ModelConfig
 from fedit.interfaces import EngineError, did_you_mean
@@ -75,7 +75,7 @@ def load_base(config: ModelConfig, device: torch.device) -> PreTrainedModel:
 
 def prepare_base(base: PreTrainedModel, device: torch.device) -> PreTrainedModel:
     """Freeze a model, put it into evaluation mode on `device` and choose its attention; changes and returns it."""
-    if device.type == "cpu" and suits(base):
+    if device.type == "cpu" and can_attend_in_blocks(base):
         base.set_attn_implementation(blocked_attention())
     base.requires_grad_(False)
     base.eval()
