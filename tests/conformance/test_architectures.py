@@ -34,7 +34,7 @@ SMALL: dict[str, Any] = {
 ARCHITECTURES: dict[str, dict[str, Any]] = {
     "gpt2": {"n_embd": 32, "n_layer": 2, "n_head": 4, "n_positions": 128, "vocab_size": 258, "eos_token_id": 1},
     "llama": SMALL,
-    "mistral": SMALL | {"sliding_window": 80},  # longer than some rows, shorter than others
+    "mistral": SMALL | {"sliding_window": 80},  # shorter than the longest row: its mask must be obeyed
     "minicpm3": SMALL  # keys and values of different widths
     | {
         "kv_lora_rank": 8,

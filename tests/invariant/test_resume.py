@@ -257,48 +257,44 @@ def contents(run: Path) -> dict[str, bytes]:
     return {str(file.relative_to(run)): file.read_bytes() for file in run.rglob("*") if file.is_file()}
 
 
-def test_resuming_on_other_rows_is_refused(folder, fedit, uninterrupted, killed) -> None:
+def refusal_with(fedit: ForkedRuns, killed: Path, file: Path, altered: bytes) -> str:
+    """Try to resume while `file` holds other bytes; nothing of the run may change. Return what was said."""
+    content, before = file.read_bytes(), contents(killed)
+    assert altered != content
+    file.write_bytes(altered)
+    try:
+        refused = fedit("run", "--resume", killed)
+    finally:
+        file.write_bytes(content)
+    assert refused.status == 1
+    assert contents(killed) == before
+    return refused.output
+
+
+def test_resuming_on_other_rows_or_another_base_is_refused(
+    folder, fedit, tiny_model_folder, uninterrupted, killed
+) -> None:
+    """Other rows, one other bit in the weights, another precision; with all as it was, the run ends as it should."""
     rows = folder / "rows.jsonl"
-    before, text = contents(killed), rows.read_text()
-    try:
-        rows.write_text(text.replace("ab 3?", "ab 33?"))
-        refused = fedit("run", "--resume", killed)
-    finally:
-        rows.write_text(text)
-    assert refused.status == 1
-    assert "DataError" in refused.output
-    assert "was started on other rows" in refused.output
-    assert contents(killed) == before
-    assert fedit("run", "--resume", killed).status == 0
-    assert_same_results(killed, uninterrupted)
+    message = refusal_with(fedit, killed, rows, rows.read_bytes().replace(b"ab 3?", b"ab 33?"))
+    assert "DataError" in message
+    assert "was started on other rows" in message
 
-
-def test_resuming_on_another_base_is_refused(fedit, tiny_model_folder, uninterrupted, killed) -> None:
     weights = tiny_model_folder / "model.safetensors"
-    before, content = contents(killed), weights.read_bytes()
-    try:
-        weights.write_bytes(content[:-3] + bytes([content[-3] ^ 1]) + content[-2:])
-        refused = fedit("run", "--resume", killed)
-    finally:
-        weights.write_bytes(content)
-    assert refused.status == 1
-    assert "EngineError" in refused.output
-    assert "was started on a base of other weights" in refused.output
-    assert contents(killed) == before
+    content = bytearray(weights.read_bytes())
+    content[-3] ^= 1
+    message = refusal_with(fedit, killed, weights, bytes(content))
+    assert "EngineError" in message
+    assert "was started on a base of other weights" in message
+
+    described = killed / "config.json"
+    started = json.loads(described.read_text())
+    started["hardware"]["dtype"] = "bfloat16"
+    message = refusal_with(fedit, killed, described, json.dumps(started).encode())
+    assert "was started on a base of other precision" in message
+
     assert fedit("run", "--resume", killed).status == 0
     assert_same_results(killed, uninterrupted)
-
-
-def test_resuming_in_another_precision_is_refused(fedit, killed) -> None:
-    described = killed / "config.json"
-    content = described.read_text()
-    started = json.loads(content)
-    started["hardware"]["dtype"] = "bfloat16"
-    described.write_text(json.dumps(started))
-    refused = fedit("run", "--resume", killed)
-    described.write_text(content)
-    assert refused.status == 1
-    assert "was started on a base of other precision" in refused.output
 
 
 @pytest.mark.parametrize("option", [["-o", "rounds=9"], ["--seed", "3"], ["--out", "elsewhere"], ["dolly"]])

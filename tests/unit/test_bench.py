@@ -29,7 +29,7 @@ def test_made_up_rows_are_reproducible_and_spread() -> None:
 
 
 def test_flops_by_hand(monkeypatch: pytest.MonkeyPatch) -> None:
-    """One layer: q 16x16, k and v 16x8, o 16x16, gate, up and down 16x24; head 16x40; rank 2; rows of 10 and 20."""
+    """One layer: q 16x16, k and v 16x8, o 16x16, gate, up and down 16x24; head 16x40; rank 2."""
     shape = {"hidden": 16, "intermediate": 24, "layers": 1, "heads": 2, "groups": 1, "vocabulary": 40}
     monkeypatch.setitem(bench.SHAPES, "dot", shape)
     base = bench.load_shape("dot", "float32", torch.device("cpu"))
