@@ -2,7 +2,7 @@
 
 It gives a base model what instruction tuning can build on: the facts in many wordings and orders, lists, contrasts,
 reading and retelling a scene, copying, sentence forms. It holds no instruction, no template word and no question; the
-nearest to one are noun phrases as headings ("The home of Zorin", then "Iskett").
+nearest to one are noun phrases as headings ("The home of Zorin", then "Galder").
 
 A change here, in `world`, `scenes` or `tasks` changes what the shipped base should have read: pre-train it again.
 """
@@ -236,7 +236,7 @@ def _any_fact(rng: np.random.Generator) -> Fact:
 
 
 def _almanac(rng: np.random.Generator) -> str:
-    """Facts as headings with an entry each: "The home of Zorin: Iskett"."""
+    """Facts as headings with an entry each: "The home of Zorin: Galder"."""
     lines = []
     for _ in range(1 + int(rng.integers(4))):
         fact = _any_fact(rng)
