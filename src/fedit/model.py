@@ -11,7 +11,7 @@ import math
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 import numpy as np
 import torch
@@ -20,15 +20,14 @@ from torch.nn.functional import cross_entropy
 from transformers import GenerationConfig
 from transformers.pytorch_utils import Conv1D
 
-from fedit.base import find_targets, is_linear, linear_shape
+from fedit.base import find_targets, is_linear
 from fedit.config import AdapterConfig
 from fedit.head import FrozenHeadLoss, is_plain_head
 from fedit.interfaces import Adapter, EncodedExample, EngineError
+from fedit.lora import Routing, StackedLora
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
-
-# ---------------------------------------------------------------------------------------------------- stacked LoRA
 
 
 @dataclass(frozen=True, eq=False)
@@ -42,8 +41,8 @@ class Batch:
     """int64 [R, T]"""
     supervised: Tensor
     """bool [R, T]: the loss is taken on predicting these tokens"""
-    slots: Tensor
-    """int64 [R]: the adapter of each row"""
+    slots: Sequence[int]
+    """The adapter of each row"""
     lengths: Sequence[int]
     """Tokens of each row without padding"""
     dropout_seeds: Sequence[int] = ()
@@ -64,126 +63,21 @@ class Batch:
         return Batch(
             torch.from_numpy(input_ids).to(device),
             torch.from_numpy(supervised).to(device),
-            torch.as_tensor(slots, dtype=torch.int64, device=device),
+            slots,
             [len(example) for example in examples],
             seeds,
         )
-
-
-@dataclass(eq=False)
-class _Routing:
-    """What the adapted layers and the head must know of the current forward pass; shared by all of them."""
-
-    slots: Tensor | None = None
-    scaling: Tensor | None = None
-    length: int = 0
-    """Tokens of each row in this call of the base"""
-    dropout: list[tuple[torch.Generator, int]] | None = None
-    head_positions: Tensor | None = None
-    hidden: Tensor | None = None
-    """What a plain head would have seen at these positions, [N, d]"""
-
-
-class _StackedProduct(torch.autograd.Function):
-    """``output + scaling[k] * B[k] A[k] x`` for the slot k of each row: one node, gradients added where they belong.
-
-    Shapes: output [R, T, m], x [R, T, n], A [S, r, n], B [S, m, r]. A copy of A and B per row costs r/T of the product
-    itself and needs no equal rows per slot. The gradients of A and B go straight into `into_A` and `into_B`, of their
-    shapes: through autograd every micro-batch would write and add whole stacks.
-    """
-
-    @staticmethod
-    def forward(
-        ctx: Any,
-        output: Tensor,
-        x: Tensor,
-        lora_A: Tensor,
-        lora_B: Tensor,
-        scaling: Tensor,
-        slots: Tensor,
-        into_A: Tensor,
-        into_B: Tensor,
-    ) -> Tensor:
-        scaling = scaling.index_select(0, slots)[:, None, None]
-        a = lora_A.index_select(0, slots).to(x.dtype)
-        b = (lora_B.index_select(0, slots) * scaling).to(x.dtype)
-        inner = torch.bmm(x, a.mT)
-        ctx.save_for_backward(x, inner, a, b, scaling, slots)
-        ctx.into = into_A, into_B
-        return torch.baddbmm(output, inner, b.mT)
-
-    @staticmethod
-    def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor | None, ...]:
-        (of_output,) = gradients
-        x, inner, a, b, scaling, slots = ctx.saved_tensors
-        into_A, into_B = ctx.into
-        of_inner = torch.bmm(of_output, b)
-        into_A.index_add_(0, slots, torch.bmm(of_inner.mT, x).to(into_A.dtype))
-        into_B.index_add_(0, slots, torch.bmm(of_output.mT, inner).to(into_B.dtype).mul_(scaling))
-        of_x = torch.bmm(of_inner, a) if ctx.needs_input_grad[1] else None
-        return of_output, of_x, *[None] * 6
-
-
-class StackedLora(nn.Module):
-    """A frozen linear layer plus ``scaling[k] * B[k] A[k] x`` for the slot k of each row of x [R, T, n]."""
-
-    lora_A: nn.Parameter
-    lora_B: nn.Parameter
-    gradient_A: Tensor
-    gradient_B: Tensor
-
-    def __init__(self, name: str, base: nn.Module, routing: _Routing, dropout: float) -> None:
-        super().__init__()
-        self.name = name
-        self.base = base
-        self.num_inputs, self.num_outputs = linear_shape(base)
-        self._routing = routing
-        self._dropout = dropout
-
-    def forward(self, x: Tensor) -> Tensor:
-        output = self.base(x)
-        routing = self._routing
-        if routing.slots is None or routing.scaling is None:
-            return output
-        rows = len(routing.slots)
-        num_tokens = rows * routing.length
-        if x.shape[:-1].numel() != num_tokens or x.shape[0] not in (rows, num_tokens):
-            raise EngineError(
-                f"Layer {self.name} receives {list(x.shape)}, not all tokens of {rows} rows: the rows cannot be told "
-                "apart (an expert layer?). Leave it out of [adapter] target_modules."
-            )
-        x = x.reshape(rows, -1, x.shape[-1])
-        if routing.dropout is not None:
-            x = x * self._dropout_mask(x, routing.dropout)
-        added = _StackedProduct.apply(
-            output.reshape(rows, -1, self.num_outputs),
-            x,
-            self.lora_A,
-            self.lora_B,
-            routing.scaling,
-            routing.slots,
-            self.gradient_A,
-            self.gradient_B,
-        )
-        return added.view(output.shape)
-
-    def _dropout_mask(self, x: Tensor, rows: Sequence[tuple[torch.Generator, int]]) -> Tensor:
-        """Each row draws for its own tokens from its own generator: neither neighbours nor padding change its mask."""
-        keep = 1.0 - self._dropout
-        mask = torch.zeros_like(x)
-        for row, (generator, length) in enumerate(rows):
-            draw = torch.rand(length, x.shape[2], generator=generator, device=x.device)
-            mask[row, :length] = (draw < keep).to(x.dtype) / keep
-        return mask
 
 
 class StackedModel:
     """A frozen causal LM with S LoRA slots on its linear layers.
 
     All slots live in one matrix ``parameters`` [S, d], float32 unless the base is float64: a row is a client's whole
-    adapter, each layer's A [S, r, n] and B [S, m, r] are views of its columns. An adapter of a lower rank fills
-    the first rows of A and columns of B; the rest stay exactly zero, because their gradients are. Backward passes add
-    to ``gradients`` [S, d], laid out alike; whoever steps along them sets them to zero.
+    adapter, first the A [r, n] of all layers, then their B [m, r]. An adapter of a lower rank fills the first rows of A
+    and columns of B; the rest stay exactly zero, because their gradients are.
+
+    The layers compute with copies in the base's precision, in which each B is scaled; whoever changes `parameters`
+    calls `parameters_changed`. Backward passes add up gradients for `take_gradients`.
     """
 
     def __init__(self, base: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, config: AdapterConfig) -> None:
@@ -193,7 +87,7 @@ class StackedModel:
         self.rank = config.max_rank
         self.lora_alpha = config.alpha
         self.dropout = config.dropout
-        self._routing = _Routing()
+        self._routing = Routing()
         self.layers = [
             _replace(base, name, StackedLora(name, layer, self._routing, config.dropout))
             for name, layer in find_targets(base, config.target_modules).items()
@@ -222,6 +116,11 @@ class StackedModel:
         return sum(self.rank * (layer.num_inputs + layer.num_outputs) for layer in self.layers)
 
     @property
+    def _num_first_factors(self) -> int:
+        """Columns of `parameters` that hold A; those of B follow."""
+        return self.rank * sum(layer.num_inputs for layer in self.layers)
+
+    @property
     def num_slots(self) -> int:
         return len(self.scaling)
 
@@ -244,15 +143,35 @@ class StackedModel:
         """Make `num_slots` empty slots (B = A = 0: the base itself); whatever the slots held is gone."""
         dtype = torch.promote_types(self.base.dtype, torch.float32)
         self.parameters = torch.zeros(num_slots, self.num_parameters, device=self.device, dtype=dtype)
-        self.gradients = torch.zeros_like(self.parameters)
+        self._gradients = torch.zeros_like(self.parameters)
+        self._copies = torch.zeros_like(self.parameters, dtype=self.base.dtype)
         self.scaling = torch.zeros(num_slots, device=self.device, dtype=dtype)
-        offset = 0
+        for layer, factors in self._views(self._copies):
+            layer.lora_A, layer.lora_B = (nn.Parameter(factor) for factor in factors)
+        for layer, factors in self._views(self._gradients):
+            layer.gradient_A, layer.gradient_B = factors
+
+    @torch.no_grad()
+    def parameters_changed(self, slots: slice = slice(None)) -> None:
+        """Bring the layers' copies up to date with `parameters` and `scaling`."""
+        b = self._num_first_factors
+        self._copies[slots, :b] = self.parameters[slots, :b]
+        self._copies[slots, b:] = self.parameters[slots, b:] * self.scaling[slots, None]
+
+    def take_gradients(self) -> Tensor:
+        """Return the gradients of `parameters` [S, d] that backward passes added up; to be set to zero once used."""
+        self._gradients[:, self._num_first_factors :] *= self.scaling[:, None]
+        return self._gradients
+
+    def _views(self, stack: Tensor) -> Iterator[tuple[StackedLora, tuple[Tensor, Tensor]]]:
+        """Yield every layer with its A [S, r, n] and B [S, m, r] in a matrix of the layout of `parameters`."""
+        a_at, b_at = 0, self._num_first_factors
         for layer in self.layers:
-            for name, shape in _factor_shapes(layer, self.rank).items():
-                columns = slice(offset, offset + math.prod(shape))
-                setattr(layer, name, nn.Parameter(self.parameters[:, columns].view(num_slots, *shape)))
-                setattr(layer, name.replace("lora", "gradient"), self.gradients[:, columns].view(num_slots, *shape))
-                offset = columns.stop
+            a_end, b_end = a_at + self.rank * layer.num_inputs, b_at + self.rank * layer.num_outputs
+            a = stack[:, a_at:a_end].view(len(stack), self.rank, layer.num_inputs)
+            b = stack[:, b_at:b_end].view(len(stack), layer.num_outputs, self.rank)
+            yield layer, (a, b)
+            a_at, b_at = a_end, b_end
 
     def fresh_adapter(self, rng: np.random.Generator) -> Adapter:
         """Return an untrained adapter of the full rank as PEFT initialises it: A uniform in +-1/sqrt(n), B zero."""
@@ -286,16 +205,17 @@ class StackedModel:
         with torch.no_grad():
             self.parameters[slot] = 0
             self.scaling[slot] = adapter.scaling
-            for layer in self.layers:
-                layer.lora_A[slot, : adapter.rank] = adapter.tensors[f"{layer.name}.lora_A.weight"].to(self.device)
-                layer.lora_B[slot, :, : adapter.rank] = adapter.tensors[f"{layer.name}.lora_B.weight"].to(self.device)
+            for layer, (a, b) in self._views(self.parameters):
+                a[slot, : adapter.rank] = adapter.tensors[f"{layer.name}.lora_A.weight"].to(self.device)
+                b[slot, :, : adapter.rank] = adapter.tensors[f"{layer.name}.lora_B.weight"].to(self.device)
+        self.parameters_changed(slice(slot, slot + 1))
 
     def read(self, slot: int, rank: int) -> dict[str, Tensor]:
         """Return a copy of a slot's tensors on the CPU, cut to `rank`."""
         tensors = {}
-        for layer in self.layers:
-            tensors[f"{layer.name}.lora_A.weight"] = layer.lora_A.detach()[slot, :rank].cpu().clone()
-            tensors[f"{layer.name}.lora_B.weight"] = layer.lora_B.detach()[slot, :, :rank].cpu().clone()
+        for layer, (a, b) in self._views(self.parameters):
+            tensors[f"{layer.name}.lora_A.weight"] = a[slot, :rank].cpu().clone()
+            tensors[f"{layer.name}.lora_B.weight"] = b[slot, :, :rank].cpu().clone()
         return tensors
 
     # -- forward
@@ -331,7 +251,7 @@ class StackedModel:
         for row, prompt in enumerate(prompts):
             input_ids[row, length - len(prompt) :] = torch.from_numpy(prompt.astype(np.int64))
             attention_mask[row, length - len(prompt) :] = 1
-        with self._route(torch.as_tensor(slots, device=self.device)):
+        with self._route(slots):
             output = self.base.generate(  # pyright: ignore[reportCallIssue] (torch's __getattr__ hides the mixin)
                 input_ids=input_ids.to(self.device),
                 attention_mask=attention_mask.to(self.device),
@@ -346,16 +266,18 @@ class StackedModel:
 
     @contextmanager
     def _route(
-        self, slots: Tensor, head_positions: Tensor | None = None, dropout: Sequence[tuple[int, int]] = ()
+        self, slots: Sequence[int], head_positions: Tensor | None = None, dropout: Sequence[tuple[int, int]] = ()
     ) -> Iterator[None]:
         routing = self._routing
-        routing.slots, routing.scaling, routing.head_positions = slots, self.scaling, head_positions
+        routing.slots = torch.as_tensor(slots, device=self.device)
+        routing.only_slot = slots[0] if len(set(slots)) == 1 else None
+        routing.head_positions = head_positions
         if self.dropout and dropout:
             routing.dropout = [(torch.Generator(self.device).manual_seed(seed), length) for seed, length in dropout]
         try:
             yield
         finally:
-            routing.slots = routing.scaling = routing.head_positions = routing.dropout = routing.hidden = None
+            routing.slots = routing.head_positions = routing.dropout = routing.hidden = None
 
     def _note_length(self, _base: nn.Module, _arguments: tuple[object, ...], named: dict[str, Tensor]) -> None:
         self._routing.length = named["input_ids"].shape[1]

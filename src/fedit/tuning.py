@@ -140,7 +140,7 @@ def _step(
             [examples[i] for i in group], [rows[i] for i in group], model.device, [seeds[i] for i in group]
         )
         token_losses, row = model.token_losses(batch)
-        slot_of_token = batch.slots[row]
+        slot_of_token = torch.as_tensor(batch.slots, device=model.device)[row]
         (token_losses * weights[slot_of_token]).sum().backward()
         losses.index_add_(0, slot_of_token, token_losses.detach())
     mean_losses = (losses * weights).tolist()
@@ -220,7 +220,7 @@ class StackedAdamW:
     """
 
     def __init__(self, model: StackedModel, config: ClientConfig) -> None:
-        self._parameters, self._gradients = model.parameters, model.gradients
+        self._model = model
         self._weight_decay = config.weight_decay
         self._clip_norm = config.clip_norm
         self._first, self._second = torch.zeros_like(model.parameters), torch.zeros_like(model.parameters)
@@ -243,7 +243,7 @@ class StackedAdamW:
         Returns:
             Every slot's gradient norm before clipping.
         """
-        gradients = self._gradients
+        gradients, parameters = self._model.take_gradients(), self._model.parameters
         live = sorted(learning_rates)
         self._steps[live] += 1
         norms = gradients.norm(dim=1)
@@ -254,11 +254,12 @@ class StackedAdamW:
         rates, steps = np.zeros(len(self._steps)), np.maximum(self._steps, 1)
         rates[live] = [learning_rates[slot] for slot in live]
         if self._weight_decay:
-            self._parameters.mul_(self._column(1 - rates * self._weight_decay))
+            parameters.mul_(self._column(1 - rates * self._weight_decay))
         denominator = self._second.sqrt().div_(self._column(np.sqrt(1 - BETA2**steps))).add_(EPSILON)
-        self._parameters.addcdiv_(self._first * self._column(-rates / (1 - BETA1**steps)), denominator)
+        parameters.addcdiv_(self._first * self._column(-rates / (1 - BETA1**steps)), denominator)
+        self._model.parameters_changed()
         gradients.zero_()
         return norms.tolist()
 
     def _column(self, values: np.ndarray) -> torch.Tensor:
-        return torch.from_numpy(values).to(self._parameters)[:, None]
+        return torch.from_numpy(values).to(self._first)[:, None]
