@@ -1,84 +1,109 @@
-"""Causal attention for training on a CPU: in blocks of queries, in a fraction of the time of what torch has.
+"""Causal attention within each row of a batch, for training: on packed rows, and fast on a CPU.
 
-transformers' plain attention works on whole [T, T] squares in float32, of which causality throws one half away, and
-torch's fused kernels lose to plain products on a CPU. Here each block of queries multiplies only the keys that it may
-see. The probabilities are kept for the backward pass in the activations' own precision, with the rounding of plain
-attention; they are half a square per head, so that rows beyond `LONGEST` are left to torch. docs/log.md has the times.
+A packed batch is one sequence of all rows' tokens without padding. transformers would attend within the rows by a mask
+over all pairs of tokens, of which nearly all are forbidden; here rows of like length are attended to as a group. On a
+CPU, each block of queries multiplies only the keys that it may see: torch's fused kernels lose to plain products there,
+and transformers' plain attention works on whole squares in float32. Probabilities are kept for the backward pass in the
+activations' own precision, with the rounding of plain attention; they are half a square per head, so that rows beyond
+`LONGEST` are left to torch. docs/log.md has the times.
 """
 
 from __future__ import annotations
 
 import inspect
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
 from types import ModuleType
 from typing import Any, TypeGuard
 
+import numpy as np
 import torch
 from torch import Tensor, nn
+from torch.nn.functional import scaled_dot_product_attention
 from transformers import AttentionInterface, AttentionMaskInterface, PreTrainedModel
 from transformers.integrations.sdpa_attention import sdpa_attention_forward
 from transformers.masking_utils import sdpa_mask
 
-NAME = "fedit_blocked"
+from fedit.grouping import group_by_length
+
+NAME = "fedit_packed"
 """What ``attn_implementation`` selects it by."""
 BLOCK = 64
 """Queries in a block."""
 LONGEST = 1024
-"""Tokens of a row at most."""
+"""Tokens of a row that blocks are used for, at most."""
+GROUP_TOKENS = 4096
+"""Padded tokens of a group of packed rows, at most."""
+GROUP_LAUNCH_TOKENS = 256
+"""What another group costs, in tokens."""
 
 
-class BlockedCausalAttention(torch.autograd.Function):
-    """softmax(scaling * Q K^T) V over the keys up to each query; key and value heads may serve several query heads.
+# ------------------------------------------------------------------------------------------------------ packed rows
 
-    Shapes: query [R, H, T, D], key and value [R, G, T, D] with H a multiple of G; the result is [R, T, H, D].
+
+@dataclass(frozen=True, eq=False)
+class RowGroup:
+    """R rows of like length in a packed batch, and where they stand in it."""
+
+    padded: Tensor
+    """int64 [R, T]: which token of the batch is where; some token of them where a row is shorter"""
+    tokens: Tensor
+    """int64 [n]: which tokens of the batch are theirs, row by row"""
+    places: Tensor | None
+    """int64 [n]: where these stand in `padded`, seen as one sequence; None: everywhere, in order"""
+
+    @property
+    def length(self) -> int:
+        return self.padded.shape[1]
+
+    def pad(self, packed: Tensor) -> Tensor:
+        """Return the group's part of `packed` [N, H, D] as [R, T, H, D], arbitrary where a row is shorter."""
+        return packed.index_select(0, self.padded.view(-1)).view(*self.padded.shape, *packed.shape[1:])
+
+    def pad_with_zeros(self, packed: Tensor) -> Tensor:
+        """Return the same, zero where a row is shorter."""
+        if self.places is None:
+            return self.pad(packed)
+        zeros = packed.new_zeros(self.padded.numel(), *packed.shape[1:])
+        zeros.index_copy_(0, self.places, packed.index_select(0, self.tokens))
+        return zeros.view(*self.padded.shape, *packed.shape[1:])
+
+    def unpad(self, padded: Tensor, into: Tensor) -> None:
+        """Write `padded` [R, T, H, D] to the group's tokens of `into` [N, H, D]."""
+        rows = padded.flatten(0, 1)
+        into.index_copy_(0, self.tokens, rows if self.places is None else rows.index_select(0, self.places))
+
+
+def group_rows(starts: Sequence[int], lengths: Sequence[int], device: torch.device) -> list[RowGroup]:
+    """Return the groups of rows that begin at `starts` in a packed batch and have these `lengths`."""
+    groups = []
+    for members in group_by_length(lengths, GROUP_TOKENS, GROUP_LAUNCH_TOKENS):
+        longest = max(lengths[i] for i in members)
+        first, length = (np.asarray([values[i] for i in members])[:, None] for values in (starts, lengths))
+        place = np.arange(longest)[None]
+        real = place < length
+        padded = first + np.minimum(place, length - 1)
+        groups.append(
+            RowGroup(
+                torch.from_numpy(padded).to(device),
+                torch.from_numpy(padded[real]).to(device),
+                None if real.all() else torch.from_numpy(np.flatnonzero(real)).to(device),
+            )
+        )
+    return groups
+
+
+def as_mask(groups: list[RowGroup], device: torch.device) -> Tensor:
+    """Return what a packed batch passes as its attention mask.
+
+    transformers hands a mask of four dimensions on to the attention as it is; this one is empty and carries the groups.
     """
-
-    @staticmethod
-    def forward(ctx: Any, query: Tensor, key: Tensor, value: Tensor, scaling: float) -> Tensor:
-        rows, heads, length, width = query.shape
-        groups = key.shape[1]
-        query = (query * scaling).view(rows, groups, heads // groups, length, width)
-        key, value = key.contiguous(), value.contiguous()
-        output = query.new_empty(rows, length, groups, heads // groups, value.shape[-1])
-        hidden = torch.ones(BLOCK, BLOCK, dtype=torch.bool, device=query.device).triu_(1)
-        probabilities = []
-        for start, end in _blocks(length):
-            scores = _flat(query[..., start:end, :]) @ _flat(key[:, :, :end]).mT
-            scores = scores.view(rows, heads, end - start, end)
-            scores[..., start:].masked_fill_(hidden[: end - start, : end - start], -torch.inf)
-            seen = scores.softmax(-1).view(rows * groups, -1, end)
-            answer = (seen @ _flat(value[:, :, :end])).view(rows, groups, heads // groups, end - start, -1)
-            output[:, start:end] = answer.permute(0, 3, 1, 2, 4)
-            probabilities.append(seen)
-        ctx.save_for_backward(query, key, value, *probabilities)
-        ctx.scaling = scaling
-        return output.view(rows, length, heads, -1)
-
-    @staticmethod
-    def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor, Tensor, Tensor, None]:
-        query, key, value, *probabilities = ctx.saved_tensors
-        rows, groups, shared, length, width = query.shape
-        of_output = gradients[0].reshape(rows, length, groups, shared, -1).permute(0, 2, 3, 1, 4)
-        of_query = torch.empty_like(query)
-        of_key, of_value = torch.zeros_like(key), torch.zeros_like(value)
-        for (start, end), seen in zip(_blocks(length), probabilities, strict=True):
-            queries, answers = _flat(query[..., start:end, :]), _flat(of_output[..., start:end, :])
-            of_seen = answers @ _flat(value[:, :, :end]).mT
-            of_scores = torch.ops.aten._softmax_backward_data(of_seen, seen, -1, seen.dtype)
-            block = (of_scores @ _flat(key[:, :, :end])).mul_(ctx.scaling)
-            of_query[..., start:end, :] = block.view(rows, groups, shared, end - start, width)
-            of_key[:, :, :end] += (of_scores.mT @ queries).view(rows, groups, end, width)
-            of_value[:, :, :end] += (seen.mT @ answers).view(rows, groups, end, -1)
-        return of_query.view(rows, groups * shared, length, width), of_key, of_value, None
+    mask = torch.empty(1, 1, 0, 0, device=device)
+    mask.row_groups = groups  # pyright: ignore[reportAttributeAccessIssue]
+    return mask
 
 
-def _blocks(length: int) -> Iterator[tuple[int, int]]:
-    return ((start, min(start + BLOCK, length)) for start in range(0, length, BLOCK))
-
-
-def _flat(x: Tensor) -> Tensor:
-    """Return x [R, G, ..., D] as [R G, positions, D]: query heads that share a key are further positions."""
-    return x.reshape(x.shape[0] * x.shape[1], -1, x.shape[-1])
+# -------------------------------------------------------------------------------------------------------- attention
 
 
 def _attend(
@@ -90,23 +115,137 @@ def _attend(
     scaling: float | None = None,
     **options: Any,
 ) -> tuple[Tensor, None]:
-    """Attend as transformers asks; whatever is not plain causal self-attention (generation, windows) is torch's."""
+    """Attend as transformers asks; whatever is not plain causal self-attention (generation, windows) is torch's.
+
+    Shapes: query [R, H, T, D], key and value [R, G, T, D] with H a multiple of G; the result is [R, T, H, D]. A packed
+    batch is one row.
+    """
+    groups: list[RowGroup] | None = getattr(attention_mask, "row_groups", None)
     plain = (
-        attention_mask is None
-        and 1 < query.shape[2] == key.shape[2] <= LONGEST
+        1 < query.shape[2] == key.shape[2]
         and options.get("is_causal") is not False
         and getattr(module, "is_causal", True)
         and not options.get("dropout")
         and all(options.get(name) is None for name in ("softcap", "position_bias", "s_aux", "indices", "cache"))
     )
-    if not plain:
-        return sdpa_attention_forward(module, query, key, value, attention_mask, scaling=scaling, **options)
-    scaling = query.shape[-1] ** -0.5 if scaling is None else scaling
-    return BlockedCausalAttention.apply(query, key, value, scaling), None
+    scale = query.shape[-1] ** -0.5 if scaling is None else scaling
+    if groups is not None:
+        if not plain:
+            raise NotImplementedError(f"{type(module).__name__} asks for more than plain causal attention")
+        return _attend_packed(query, key, value, scale, groups), None
+    if plain and attention_mask is None and query.device.type == "cpu" and query.shape[2] <= LONGEST:
+        return BlockedCausalAttention.apply(query, key, value, scale, None), None
+    return sdpa_attention_forward(module, query, key, value, attention_mask, scaling=scaling, **options)
 
 
-def can_attend_in_blocks(base: PreTrainedModel) -> bool:
-    """Tell whether blocked attention does in `base` what transformers' default, torch's, does.
+def _attend_packed(query: Tensor, key: Tensor, value: Tensor, scaling: float, groups: list[RowGroup]) -> Tensor:
+    if query.device.type == "cpu" and all(group.length <= LONGEST for group in groups):
+        return BlockedCausalAttention.apply(query, key, value, scaling, groups)
+    queries, keys, values = (x[0].transpose(0, 1) for x in (query, key, value))
+    packed = torch.zeros(*queries.shape[:-1], values.shape[-1], dtype=query.dtype, device=query.device)
+    for group in groups:
+        q, k, v = (group.pad(x).transpose(1, 2) for x in (queries, keys, values))
+        answers = scaled_dot_product_attention(q, k, v, is_causal=True, scale=scaling, enable_gqa=True)
+        group.unpad(answers.transpose(1, 2), packed)
+    return packed[None]
+
+
+class BlockedCausalAttention(torch.autograd.Function):
+    """softmax(scaling * Q K^T) V over the keys up to each query; key and value heads may serve several query heads.
+
+    Shapes: query [R, H, T, D], key and value [R, G, T, D] with H a multiple of G; the result is [R, T, H, D]. With
+    row groups, the one row [1, H, N, D] is packed, and attention stays within its rows.
+    """
+
+    @staticmethod
+    def forward(
+        ctx: Any, query: Tensor, key: Tensor, value: Tensor, scaling: float, groups: list[RowGroup] | None
+    ) -> Tensor:
+        ctx.scaling, ctx.groups = scaling, groups
+        if groups is None:
+            output, saved = _forward(query, key, value, scaling)
+            ctx.save_for_backward(*saved)
+            return output
+        queries, keys, values = (x[0].transpose(0, 1) for x in (query, key, value))
+        output = values.new_zeros(*queries.shape[:-1], values.shape[-1])
+        ctx.num_saved, all_saved = [], list[Tensor]()
+        for group in groups:
+            q, k, v = (group.pad(x).transpose(1, 2) for x in (queries, keys, values))
+            padded, saved = _forward(q, k, v, scaling)
+            group.unpad(padded, output)
+            ctx.num_saved.append(len(saved))
+            all_saved += saved
+        ctx.save_for_backward(*all_saved)
+        ctx.shapes = [x.shape for x in (queries, keys, values)]
+        return output[None]
+
+    @staticmethod
+    def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor | None, ...]:
+        (of_output,) = gradients
+        saved = ctx.saved_tensors
+        if ctx.groups is None:
+            return *_backward(saved, of_output, ctx.scaling), None, None
+        of_inputs = [of_output.new_zeros(shape) for shape in ctx.shapes]
+        for group, count in zip(ctx.groups, ctx.num_saved, strict=True):
+            padded = _backward(saved[:count], group.pad_with_zeros(of_output[0]), ctx.scaling)
+            saved = saved[count:]
+            for whole, part in zip(of_inputs, padded, strict=True):
+                group.unpad(part.transpose(1, 2), whole)
+        return *(x.transpose(0, 1)[None] for x in of_inputs), None, None
+
+
+def _forward(query: Tensor, key: Tensor, value: Tensor, scaling: float) -> tuple[Tensor, list[Tensor]]:
+    """Return the attention's output [R, T, H, D] and what `_backward` needs."""
+    rows, heads, length, width = query.shape
+    groups = key.shape[1]
+    # Query heads that share a key are further queries of it: [R G, H/G, T, D] and, for keys and values, [R G, T, D].
+    query = (query * scaling).reshape(rows * groups, heads // groups, length, width)
+    key, value = key.reshape(rows * groups, length, width), value.reshape(rows * groups, length, -1)
+    output = query.new_empty(rows, length, groups, heads // groups, value.shape[-1])
+    hidden = torch.ones(BLOCK, BLOCK, dtype=torch.bool, device=query.device).triu_(1)
+    probabilities = []
+    for start, end in _blocks(length):
+        queries = query[:, :, start:end].flatten(1, 2)
+        scores = torch.bmm(queries, key[:, :end].mT)
+        squares = scores.view(len(scores), -1, end - start, end)[..., start:]
+        squares.masked_fill_(hidden[: end - start, : end - start], -torch.inf)
+        seen = scores.softmax(-1)
+        answer = torch.bmm(seen, value[:, :end]).view(rows, groups, heads // groups, end - start, -1)
+        output[:, start:end] = answer.permute(0, 3, 1, 2, 4)
+        probabilities.append(seen)
+    return output.view(rows, length, heads, -1), [query, key, value, *probabilities]
+
+
+def _backward(saved: Sequence[Tensor], of_output: Tensor, scaling: float) -> tuple[Tensor, Tensor, Tensor]:
+    """Return the gradients of query, key and value [R, H or G, T, D] for that of the output [R, T, H, D]."""
+    query, key, value, *probabilities = saved
+    rows, length = of_output.shape[:2]
+    shared = query.shape[1]
+    groups = len(query) // rows
+    of_output = of_output.reshape(rows, length, groups, shared, -1).permute(0, 2, 3, 1, 4).flatten(0, 1)
+    of_query = torch.empty_like(query)
+    of_key, of_value = torch.zeros_like(key), torch.zeros_like(value)
+    for (start, end), seen in zip(_blocks(length), probabilities, strict=True):
+        queries, answers = query[:, :, start:end].flatten(1, 2), of_output[:, :, start:end].flatten(1, 2)
+        of_seen = torch.bmm(answers, value[:, :end].mT)
+        of_scores = torch.ops.aten._softmax_backward_data(of_seen, seen, -1, seen.dtype)
+        block = torch.bmm(of_scores, key[:, :end]).mul_(scaling)
+        of_query[:, :, start:end] = block.view(len(query), shared, end - start, -1)
+        of_key[:, :end].baddbmm_(of_scores.mT, queries)
+        of_value[:, :end].baddbmm_(seen.mT, answers)
+    of_query, of_key, of_value = (x.reshape(rows, -1, *x.shape[-2:]) for x in (of_query, of_key, of_value))
+    return of_query, of_key, of_value
+
+
+def _blocks(length: int) -> Iterator[tuple[int, int]]:
+    return ((start, min(start + BLOCK, length)) for start in range(0, length, BLOCK))
+
+
+# -------------------------------------------------------------------------------------------------- which bases use it
+
+
+def can_use_it(base: PreTrainedModel) -> bool:
+    """Tell whether this attention does in `base` what transformers' default, torch's, does.
 
     Not where the model's code asks for the name of its attention: sparse models hand their masks to known names only.
     """
@@ -120,7 +259,7 @@ def _is_model_code(source: ModuleType | None) -> TypeGuard[ModuleType]:
     return source is not None and source.__name__.rpartition(".")[2].startswith("modeling_")
 
 
-def blocked_attention() -> str:
+def packed_attention() -> str:
     """Make the attention known to transformers and return its name."""
     AttentionInterface.register(NAME, _attend)
     AttentionMaskInterface.register(NAME, sdpa_mask)

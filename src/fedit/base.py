@@ -12,7 +12,7 @@ from torch import nn
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
 from transformers.pytorch_utils import Conv1D
 
-from fedit.attention import blocked_attention, can_attend_in_blocks
+from fedit.attention import can_use_it, packed_attention
 from fedit.builtin import CRIA_FOLDER
 from fedit.config import ModelConfig
 from fedit.interfaces import EngineError, did_you_mean
@@ -75,8 +75,8 @@ def load_base(config: ModelConfig, device: torch.device) -> PreTrainedModel:
 
 def prepare_base(base: PreTrainedModel, device: torch.device) -> PreTrainedModel:
     """Freeze a model, put it into evaluation mode on `device` and choose its attention; changes and returns it."""
-    if device.type == "cpu" and can_attend_in_blocks(base):
-        base.set_attn_implementation(blocked_attention())
+    if can_use_it(base):
+        base.set_attn_implementation(packed_attention())
     base.requires_grad_(False)
     base.eval()
     base.to(device)  # pyright: ignore[reportArgumentType] (transformers' annotation hides torch's)

@@ -1,4 +1,4 @@
-"""Stacked LoRA on one frozen linear layer: ``W0 x + s_k B_k A_k x`` with the slot k of each row of a batch."""
+"""Stacked LoRA on one frozen linear layer: ``W0 x + s_k B_k A_k x`` with the slot k of each piece of a batch."""
 
 from __future__ import annotations
 
@@ -6,31 +6,63 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor, nn
+from torch.nn.functional import embedding_bag
 
 from fedit.base import linear_shape
 from fedit.interfaces import EngineError
+
+
+@dataclass(frozen=True, eq=False)
+class Pieces:
+    """The adapters of a batch's tokens. All pieces have the same number of tokens."""
+
+    slots: Tensor
+    """int64 [P]: the slot of each piece"""
+    order: Tensor
+    """int64 [P]: the pieces sorted by slot"""
+    offsets: Tensor
+    """int64 [S]: where in `order` the pieces of each slot begin"""
+    only_slot: int | None
+    """The one slot that all pieces have, if they do"""
+
+    @staticmethod
+    def of(slots: Sequence[int], num_slots: int, device: torch.device) -> Pieces:
+        counts = np.bincount(slots, minlength=num_slots)
+        slot, order, offsets = (
+            torch.from_numpy(array).to(device)
+            for array in (np.asarray(slots), np.argsort(slots, kind="stable"), np.cumsum(counts) - counts)
+        )
+        return Pieces(slot, order, offsets, slots[0] if len(set(slots)) == 1 else None)
+
+    def add_by_slot(self, pieces: Tensor, into: Tensor) -> None:
+        """Add up `pieces` [P, ...] of each slot into `into` [S, ...].
+
+        A bag of embeddings is a sum of chosen rows: a third of the time of ``index_add_``, and deterministic on GPUs.
+        """
+        sums = embedding_bag(self.order, pieces.flatten(1), self.offsets, mode="sum")
+        into.add_(sums.view(into.shape))
 
 
 @dataclass(eq=False)
 class Routing:
     """What the adapted layers and the head must know of the current forward pass; shared by all of them."""
 
-    slots: Tensor | None = None
-    """int64 [R]: the adapter of each row; None: the base as it is"""
-    only_slot: int | None = None
-    """The one slot that all rows have, if they do"""
-    length: int = 0
-    """Tokens of each row in this call of the base"""
-    dropout: list[tuple[torch.Generator, int]] | None = None
+    pieces: Pieces | None = None
+    """None: the base as it is"""
+    num_tokens: int = 0
+    """Of this call of the base"""
+    dropout: Sequence[tuple[torch.Generator, int, int]] = ()
+    """Where it applies: the generator, first token number and length of each row"""
     head_positions: Tensor | None = None
     hidden: Tensor | None = None
     """What a plain head would have seen at these positions, [N, d]"""
 
 
 class StackedLora(nn.Module):
-    """A frozen linear layer plus ``s_k B_k A_k x`` for the slot k of each row of x [R, T, n].
+    """A frozen linear layer plus ``s_k B_k A_k x`` for the slot k of each piece of x [..., n].
 
     `lora_A` [S, r, n] holds the A_k and `lora_B` [S, m, r] the s_k B_k, both in the precision of the activations;
     `gradient_A` and `gradient_B` collect the gradients of just these. All four are views of the model's stacks.
@@ -52,43 +84,43 @@ class StackedLora(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         output = self.base(x)
         routing = self._routing
-        if routing.slots is None:
+        pieces = routing.pieces
+        if pieces is None:
             return output
-        rows = len(routing.slots)
-        num_tokens = rows * routing.length
-        if x.shape[:-1].numel() != num_tokens or x.shape[0] not in (rows, num_tokens):
+        if x.shape[:-1].numel() != routing.num_tokens:
             raise EngineError(
-                f"Layer {self.name} receives {list(x.shape)}, not all tokens of {rows} rows: the rows cannot be told "
-                "apart (an expert layer?). Leave it out of [adapter] target_modules."
+                f"Layer {self.name} receives {list(x.shape)}, not all {routing.num_tokens} tokens of a batch: their "
+                "adapters cannot be told apart (an expert layer?). Leave it out of [adapter] target_modules."
             )
-        x = x.reshape(rows, -1, self.num_inputs)
-        if routing.dropout is not None:
+        x = x.reshape(-1, self.num_inputs)
+        if routing.dropout:
             x = x * self._dropout_mask(x, routing.dropout)
-        flat = output.view(rows, -1, self.num_outputs)
-        weights, gradients = (self.lora_A, self.lora_B), (self.gradient_A, self.gradient_B)
-        if routing.only_slot is not None:
-            x, flat = x.flatten(0, 1), flat.flatten(0, 1)
-            added = _ProductOfOne.apply(flat, x, *weights, *gradients, routing.only_slot)
+        stacks = self.lora_A, self.lora_B, self.gradient_A, self.gradient_B
+        if pieces.only_slot is not None:
+            added = _ProductOfOne.apply(output.view(-1, self.num_outputs), x, *stacks, pieces.only_slot)
         else:
-            added = _ProductOfRows.apply(flat, x, *weights, *gradients, routing.slots)
+            shape = len(pieces.slots), -1
+            added = _ProductOfPieces.apply(
+                output.view(*shape, self.num_outputs), x.view(*shape, self.num_inputs), *stacks, pieces
+            )
         return added.view(output.shape)
 
-    def _dropout_mask(self, x: Tensor, rows: Sequence[tuple[torch.Generator, int]]) -> Tensor:
+    def _dropout_mask(self, x: Tensor, rows: Sequence[tuple[torch.Generator, int, int]]) -> Tensor:
         """Each row draws for its own tokens from its own generator: neither neighbours nor padding change its mask."""
         keep = 1.0 - self._dropout
         mask = torch.zeros_like(x)
-        for row, (generator, length) in enumerate(rows):
-            draw = torch.rand(length, x.shape[2], generator=generator, device=x.device)
-            mask[row, :length] = (draw < keep).to(x.dtype) / keep
+        for generator, start, length in rows:
+            draw = torch.rand(length, x.shape[1], generator=generator, device=x.device)
+            mask[start : start + length] = (draw < keep).to(x.dtype) / keep
         return mask
 
 
-class _ProductOfRows(torch.autograd.Function):
-    """``output + B[k] A[k] x`` for the slot k of each row: one node, gradients added where they belong.
+class _ProductOfPieces(torch.autograd.Function):
+    """``output + B[k] A[k] x`` for the slot k of each piece: one node, gradients added where they belong.
 
-    Shapes: output [R, T, m], x [R, T, n], A [S, r, n], B [S, m, r]. A copy of A and B per row costs r/T of the product
-    itself and needs no equal rows per slot. The gradients of A and B go straight into `into_A` and `into_B`, of their
-    shapes: through autograd every micro-batch would write and add whole stacks.
+    Shapes: output [P, T, m], x [P, T, n], A [S, r, n], B [S, m, r]. A copy of A and B per piece costs r/T of what the
+    product itself moves, and needs no equal number of pieces per slot. The gradients of A and B go straight into
+    `into_A` and `into_B`, of their shapes: through autograd every batch would write and add whole stacks.
     """
 
     @staticmethod
@@ -100,28 +132,28 @@ class _ProductOfRows(torch.autograd.Function):
         lora_B: Tensor,
         into_A: Tensor,
         into_B: Tensor,
-        slots: Tensor,
+        pieces: Pieces,
     ) -> Tensor:
-        a, b = lora_A.index_select(0, slots), lora_B.index_select(0, slots)
+        a, b = lora_A.index_select(0, pieces.slots), lora_B.index_select(0, pieces.slots)
         inner = torch.bmm(x, a.mT)
-        ctx.save_for_backward(x, inner, a, b, slots)
-        ctx.into = into_A, into_B
+        ctx.save_for_backward(x, inner, a, b)
+        ctx.pieces, ctx.into = pieces, (into_A, into_B)
         return torch.baddbmm(output, inner, b.mT)
 
     @staticmethod
     def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor | None, ...]:
         (of_output,) = gradients
-        x, inner, a, b, slots = ctx.saved_tensors
+        x, inner, a, b = ctx.saved_tensors
         into_A, into_B = ctx.into
         of_inner = torch.bmm(of_output, b)
-        into_A.index_add_(0, slots, torch.bmm(of_inner.mT, x).to(into_A.dtype))
-        into_B.index_add_(0, slots, torch.bmm(of_output.mT, inner).to(into_B.dtype))
+        ctx.pieces.add_by_slot(torch.bmm(of_inner.mT, x), into_A)
+        ctx.pieces.add_by_slot(torch.bmm(of_output.mT, inner), into_B)
         of_x = torch.bmm(of_inner, a) if ctx.needs_input_grad[1] else None
         return of_output, of_x, *[None] * 5
 
 
 class _ProductOfOne(torch.autograd.Function):
-    """The same where all rows have one slot: output [N, m] and x [N, n] of all tokens, no copies of A and B."""
+    """The same where all pieces have one slot: output [N, m] and x [N, n] of all tokens, no copies of A and B."""
 
     @staticmethod
     def forward(

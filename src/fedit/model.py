@@ -10,7 +10,6 @@ from __future__ import annotations
 import math
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 import numpy as np
@@ -21,52 +20,14 @@ from transformers import GenerationConfig
 from transformers.pytorch_utils import Conv1D
 
 from fedit.base import find_targets, is_linear
+from fedit.batch import Batch, longest_packed
 from fedit.config import AdapterConfig
 from fedit.head import FrozenHeadLoss, is_plain_head
-from fedit.interfaces import Adapter, EncodedExample, EngineError
-from fedit.lora import Routing, StackedLora
+from fedit.interfaces import Adapter, EngineError
+from fedit.lora import Pieces, Routing, StackedLora
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
-
-
-@dataclass(frozen=True, eq=False)
-class Batch:
-    """Rows for one forward pass, padded on the right to the longest.
-
-    No attention mask is needed: under causal attention nothing looks at padding that lies to its right.
-    """
-
-    input_ids: Tensor
-    """int64 [R, T]"""
-    supervised: Tensor
-    """bool [R, T]: the loss is taken on predicting these tokens"""
-    slots: Sequence[int]
-    """The adapter of each row"""
-    lengths: Sequence[int]
-    """Tokens of each row without padding"""
-    dropout_seeds: Sequence[int] = ()
-    """One per row, where adapter dropout applies"""
-
-    @staticmethod
-    def collate(
-        examples: Sequence[EncodedExample], slots: Sequence[int], device: torch.device, seeds: Sequence[int] = ()
-    ) -> Batch:
-        """Return the batch of `examples`, the i-th under the adapter ``slots[i]``."""
-        length = max(len(example) for example in examples)
-        input_ids = np.zeros((len(examples), length), dtype=np.int64)
-        supervised = np.zeros((len(examples), length), dtype=bool)
-        for row, example in enumerate(examples):
-            input_ids[row, : len(example)] = example.input_ids
-            supervised[row, : len(example)] = example.supervised
-        supervised[:, 0] = False
-        return Batch(
-            torch.from_numpy(input_ids).to(device),
-            torch.from_numpy(supervised).to(device),
-            slots,
-            [len(example) for example in examples],
-            seeds,
-        )
 
 
 class StackedModel:
@@ -95,14 +56,16 @@ class StackedModel:
         # The base's own generation settings (sampling, penalties) would make answers of models incomparable.
         eos = tokenizer.eos_token_id
         base.generation_config = GenerationConfig(do_sample=False, eos_token_id=eos, pad_token_id=eos)
-        base.register_forward_pre_hook(self._note_length, with_kwargs=True)
+        base.register_forward_pre_hook(self._note_num_tokens, with_kwargs=True)
         head = base.get_output_embeddings()
         if head is None:
             raise EngineError(
                 f"{type(base).__name__} has no language-model head, so it cannot be tuned as a causal LM."
             )
-        # The check sees the base without adapters and hooks.
+        # The checks see the base without adapters and hooks.
         self._plain_head = head if is_plain_head(base, head) else None
+        self.longest_packed = longest_packed(base)
+        """Tokens of the longest rows that the base may be given packed"""
         head.register_forward_pre_hook(self._select_supervised)
         self.processed_tokens = 0
         """Padding included, in all calls of `token_losses`; for whoever wants to know what padding costs."""
@@ -221,22 +184,28 @@ class StackedModel:
     # -- forward
 
     def token_losses(self, batch: Batch) -> tuple[Tensor, Tensor]:
-        """Return the negative log-likelihood (nats, [N]) of each supervised token, and its row (int64 [N]).
+        """Return the negative log-likelihood (nats, [P]) of each supervised token, and its row (int64 [P]).
 
-        The head is applied to the N positions that predict a supervised token only; the order is row by row.
+        The head is applied to the P positions that predict a supervised token only; the order is row by row.
         """
         self.processed_tokens += batch.input_ids.numel()
-        row, position = batch.supervised.nonzero(as_tuple=True)
-        head_positions = row * batch.input_ids.shape[1] + position - 1
-        targets = batch.input_ids[row, position]
-        with self._route(batch.slots, head_positions, list(zip(batch.dropout_seeds, batch.lengths, strict=False))):
-            logits = self.base(input_ids=batch.input_ids, use_cache=False).logits[0]
+        dropout = [
+            (torch.Generator(self.device).manual_seed(seed), *row)
+            for seed, row in zip(batch.dropout_seeds, batch.rows, strict=False)
+        ]
+        with self._route(batch.piece_slots, batch.predicting, dropout if self.dropout else ()):
+            logits = self.base(
+                input_ids=batch.input_ids,
+                position_ids=batch.position_ids,
+                attention_mask=batch.attention_mask,
+                use_cache=False,
+            ).logits[0]
             hidden = self._routing.hidden
         if self._plain_head is not None:
             head = self._plain_head
-            return FrozenHeadLoss.apply(hidden, head.weight, head.bias, targets), row
+            return FrozenHeadLoss.apply(hidden, head.weight, head.bias, batch.targets), batch.target_rows
         logits = logits.to(torch.promote_types(logits.dtype, torch.float32))
-        return cross_entropy(logits, targets, reduction="none"), row
+        return cross_entropy(logits, batch.targets, reduction="none"), batch.target_rows
 
     @torch.inference_mode()
     def generate(self, prompts: Sequence[np.ndarray], slots: Sequence[int], max_new_tokens: int) -> list[str]:
@@ -266,21 +235,22 @@ class StackedModel:
 
     @contextmanager
     def _route(
-        self, slots: Sequence[int], head_positions: Tensor | None = None, dropout: Sequence[tuple[int, int]] = ()
+        self,
+        piece_slots: Sequence[int],
+        head_positions: Tensor | None = None,
+        dropout: Sequence[tuple[torch.Generator, int, int]] = (),
     ) -> Iterator[None]:
         routing = self._routing
-        routing.slots = torch.as_tensor(slots, device=self.device)
-        routing.only_slot = slots[0] if len(set(slots)) == 1 else None
-        routing.head_positions = head_positions
-        if self.dropout and dropout:
-            routing.dropout = [(torch.Generator(self.device).manual_seed(seed), length) for seed, length in dropout]
+        routing.pieces = Pieces.of(piece_slots, self.num_slots, self.device)
+        routing.head_positions, routing.dropout = head_positions, dropout
         try:
             yield
         finally:
-            routing.slots = routing.head_positions = routing.dropout = routing.hidden = None
+            routing.pieces = routing.head_positions = routing.hidden = None
+            routing.dropout = ()
 
-    def _note_length(self, _base: nn.Module, _arguments: tuple[object, ...], named: dict[str, Tensor]) -> None:
-        self._routing.length = named["input_ids"].shape[1]
+    def _note_num_tokens(self, _base: nn.Module, _arguments: tuple[object, ...], named: dict[str, Tensor]) -> None:
+        self._routing.num_tokens = named["input_ids"].numel()
 
     def _select_supervised(self, _head: nn.Module, inputs: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
         """Let the head see the chosen positions only, whatever follows it.

@@ -15,15 +15,12 @@ from dataclasses import dataclass, field
 import numpy as np
 import torch
 
+from fedit.batch import batches
 from fedit.config import ClientConfig
 from fedit.interfaces import Adapter, EncodedExample, derive_rng, derive_seed
-from fedit.model import Batch, StackedModel
+from fedit.model import StackedModel
 
 BETA1, BETA2, EPSILON = 0.9, 0.999, 1e-8
-MICRO_BATCH_TOKENS = {"cpu": 4096, "cuda": 16384}
-"""Padded tokens of a micro-batch at most (one row may be longer): activations of more would not fit the caches."""
-LAUNCH_TOKENS = {"cpu": 192, "cuda": 2048}
-"""What another micro-batch costs, in tokens: rows are padded rather than split off where that is cheaper."""
 
 
 @dataclass(frozen=True, eq=False)
@@ -135,12 +132,9 @@ def _step(
             slot.num_tokens += len(example)
     losses = torch.zeros_like(model.scaling)
     weights = torch.from_numpy(1 / np.maximum(num_supervised, 1)).to(model.scaling)
-    for group in group_by_length([len(example) for example in examples], model.device.type):
-        batch = Batch.collate(
-            [examples[i] for i in group], [rows[i] for i in group], model.device, [seeds[i] for i in group]
-        )
+    for part, batch in batches(examples, rows, model.device, model.longest_packed, seeds):
         token_losses, row = model.token_losses(batch)
-        slot_of_token = torch.as_tensor(batch.slots, device=model.device)[row]
+        slot_of_token = torch.as_tensor([rows[i] for i in part], device=model.device)[row]
         (token_losses * weights[slot_of_token]).sum().backward()
         losses.index_add_(0, slot_of_token, token_losses.detach())
     mean_losses = (losses * weights).tolist()
@@ -176,31 +170,6 @@ def batch_indices(num_examples: int, batch_size: int, step: int, seed: int) -> n
     pass_index, batch_index = divmod(step, steps_per_pass)
     order = derive_rng(seed, "order", pass_index).permutation(num_examples)
     return order[batch_index * batch_size : (batch_index + 1) * batch_size]
-
-
-def group_by_length(lengths: Sequence[int], device_type: str) -> list[list[int]]:
-    """Cut the rows, sorted by length, into micro-batches of the least total cost; return their row indices.
-
-    The cost of a micro-batch is its padded tokens plus a constant for its launch (`LAUNCH_TOKENS`); the best cuts are
-    found by dynamic programming over the sorted rows.
-    """
-    limit = MICRO_BATCH_TOKENS.get(device_type, MICRO_BATCH_TOKENS["cuda"])
-    launch = LAUNCH_TOKENS.get(device_type, LAUNCH_TOKENS["cuda"])
-    order = np.argsort(np.asarray(lengths), kind="stable")
-    sorted_lengths = np.asarray(lengths)[order]
-    best, start_of = np.zeros(len(order) + 1), np.zeros(len(order) + 1, dtype=int)
-    for end in range(1, len(order) + 1):
-        longest = int(sorted_lengths[end - 1])
-        first = max(0, end - max(1, limit // longest))
-        starts = np.arange(first, end)
-        costs = best[first:end] + (end - starts) * longest + launch
-        choice = int(np.argmin(costs))
-        best[end], start_of[end] = costs[choice], starts[choice]
-    groups, end = [], len(order)
-    while end > 0:
-        groups.append(order[start_of[end] : end].tolist())
-        end = start_of[end]
-    return groups[::-1]
 
 
 def _learning_rate(config: ClientConfig, slot: _Slot) -> float:

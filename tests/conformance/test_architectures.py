@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import math
+from contextlib import nullcontext
 from pathlib import Path
 from typing import Any
 
@@ -13,10 +15,11 @@ from transformers import AutoConfig, AutoModelForCausalLM
 
 from fedit.attention import BLOCK, NAME
 from fedit.base import find_targets, load_base, load_tokenizer
+from fedit.batch import Batch
 from fedit.config import AdapterConfig, ModelConfig, RunConfig, load_plugins
 from fedit.export import save_adapter
 from fedit.interfaces import Adapter, EncodedExample, EngineError, Example, Turn
-from fedit.model import Batch, StackedModel
+from fedit.model import StackedModel
 
 SMALL: dict[str, Any] = {
     "hidden_size": 32,
@@ -101,6 +104,16 @@ def peft_losses(model: torch.nn.Module, example: EncodedExample) -> torch.Tensor
     return torch.nn.functional.cross_entropy(logits, ids[0, 1:], reduction="none")[example.supervised[1:]]
 
 
+PACKED = {"gpt2", "llama", "minicpm3", "qwen2", "qwen3", "phi3", "opt"}
+
+
+def test_which_architectures_are_packed(folder: Path) -> None:
+    """Short rows: mistral's window is 80 tokens, and gemma2 caps its attention's scores."""
+    model = stacked(folder)
+    kind = model.base.config.model_type
+    assert model.longest_packed == {"mistral": 80}.get(kind, math.inf if kind in PACKED else 0)
+
+
 def test_losses_equal_peft_of_the_exported_adapter(folder: Path, tmp_path: Path) -> None:
     load_plugins()
     model = stacked(folder)
@@ -115,15 +128,21 @@ def test_losses_equal_peft_of_the_exported_adapter(folder: Path, tmp_path: Path)
     }
     assert {f"base_model.model.{layer.name}" for layer in model.layers} == adapted
 
+    slots, device = [0, 1, 1, 0], torch.device("cpu")
     rows = examples()
-    losses, row_of_token = model.token_losses(Batch.collate(rows, [0, 1, 1, 0], torch.device("cpu")))
-    for row, slot in enumerate((0, 1, 1, 0)):
-        if slot:
-            expected = peft_losses(reference, rows[row])
-        else:
-            with reference.disable_adapter():
-                expected = peft_losses(reference, rows[row])
-        torch.testing.assert_close(losses[row_of_token == row], expected, rtol=1e-4, atol=1e-5)
+    expected = []
+    for row, slot in zip(rows, slots, strict=True):
+        with nullcontext() if slot else reference.disable_adapter():
+            expected.append(peft_losses(reference, row))
+    for batch in (Batch.pad(rows, slots, device), *_packed(model, rows, slots)):
+        losses, row_of_token = model.token_losses(batch)
+        for index in range(len(rows)):
+            torch.testing.assert_close(losses[row_of_token == index], expected[index], rtol=1e-4, atol=1e-5)
+
+
+def _packed(model: StackedModel, rows: list[EncodedExample], slots: list[int]) -> list[Batch]:
+    longest = max(len(row) for row in rows)
+    return [Batch.pack(rows, slots, torch.device("cpu"))] if longest <= model.longest_packed else []
 
 
 def test_head_is_not_adapted_and_targets_select(folder: Path) -> None:

@@ -12,7 +12,8 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-from fedit.model import Batch, StackedModel
+from fedit.batch import Batch
+from fedit.model import StackedModel
 
 
 def options(**overrides: object) -> list[str]:
@@ -239,7 +240,8 @@ def poison(monkeypatch: pytest.MonkeyPatch) -> Callable[[str], None]:
         def token_losses(self: StackedModel, batch: Batch) -> tuple[torch.Tensor, torch.Tensor]:
             losses, row = measured(self, batch)
             (token,) = self.tokenizer.encode(character, add_special_tokens=False)
-            poisoned = batch.input_ids.eq(token).any(dim=1)
+            ids = batch.input_ids.flatten()
+            poisoned = torch.stack([ids[start : start + length].eq(token).any() for start, length in batch.rows])
             if torch.is_grad_enabled():
                 losses = losses * torch.ones_like(losses).masked_fill(poisoned[row], float("nan"))
             return losses, row

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import replace
 from pathlib import Path
 
@@ -14,10 +14,11 @@ from torch import Tensor
 from transformers import AutoModelForCausalLM
 
 from fedit.base import load_base, load_tokenizer
+from fedit.batch import Batch
 from fedit.config import AdapterConfig, ClientConfig, ModelConfig
 from fedit.evaluation.heldout import generate_answers
 from fedit.interfaces import Adapter, EncodedExample, EngineError, Example, Turn
-from fedit.model import Batch, StackedModel
+from fedit.model import StackedModel
 from fedit.tuning import TuningTask, batch_indices, tune
 
 CPU = torch.device("cpu")
@@ -176,8 +177,11 @@ def test_results_do_not_depend_on_the_slots_with_dropout(tiny_model_folder: Path
         assert relative_error(plain[task.name], runs[0][task.name], task.adapter.tensors) > 1e-2
 
 
-def test_losses_equal_the_whole_sequence_logits(tiny_model_folder: Path) -> None:
-    """The head on selected positions of a padded batch gives the losses of each row alone, with its own adapter."""
+@pytest.mark.parametrize("collate", [Batch.pack, Batch.pad])
+def test_losses_equal_the_whole_sequence_logits(
+    tiny_model_folder: Path, collate: Callable[[list[EncodedExample], list[int], torch.device], Batch]
+) -> None:
+    """The head on selected positions of a batch gives the losses of each row alone, with its own adapter."""
     model = load(tiny_model_folder, AdapterConfig(rank=6, alpha=12))
     adapters = [random_adapter(model, seed, rank) for seed, rank in ((1, 6), (2, 3))]
     model.allocate(3)
@@ -185,7 +189,7 @@ def test_losses_equal_the_whole_sequence_logits(tiny_model_folder: Path) -> None
     model.write(2, adapters[1])
     examples = make_examples(7, 6)
     slots = [0, 2, 1, 2, 0, 1]
-    losses, rows = model.token_losses(Batch.collate(examples, slots, CPU))
+    losses, rows = model.token_losses(collate(examples, slots, CPU))
     base = AutoModelForCausalLM.from_pretrained(tiny_model_folder, dtype=torch.float32)
     for row, (example, slot) in enumerate(zip(examples, slots, strict=True)):
         weights = {name: tensor.clone() for name, tensor in base.state_dict().items()}

@@ -8,7 +8,7 @@ import pytest
 import torch
 from transformers import AutoModelForCausalLM
 
-from fedit.attention import BLOCK, NAME, BlockedCausalAttention, blocked_attention
+from fedit.attention import BLOCK, NAME, BlockedCausalAttention, _attend_packed, group_rows, packed_attention
 from fedit.base import load_base
 from fedit.config import ModelConfig
 
@@ -32,7 +32,7 @@ def test_equals_the_formula_with_its_gradients(length: int, heads: int, groups: 
         return drawn.transpose(1, 2).requires_grad_()
 
     inputs = draw(heads, 8), draw(groups, 8), draw(groups, 5)
-    got = BlockedCausalAttention.apply(*inputs, 0.3)
+    got = BlockedCausalAttention.apply(*inputs, 0.3, None)
     expected = plain(*inputs, 0.3)
     assert isinstance(got, torch.Tensor)
     torch.testing.assert_close(got, expected)
@@ -65,9 +65,34 @@ def test_a_cpu_base_uses_it_and_gives_the_logits_of_plain_attention(tiny_model_f
 def test_packed_rows_are_kept_apart(tiny_model_folder: Path) -> None:
     """Positions that start again mean another sequence: transformers then gives a mask, which must be obeyed."""
     base = load_base(ModelConfig(path=str(tiny_model_folder), dtype="float32"), torch.device("cpu"))
-    base.set_attn_implementation(blocked_attention())
+    base.set_attn_implementation(packed_attention())
     ids = torch.randint(3, 200, (1, 30), generator=torch.Generator().manual_seed(1))
     positions = torch.cat([torch.arange(12), torch.arange(18)])[None]
     packed = base(input_ids=ids, position_ids=positions, use_cache=False).logits
     alone = base(input_ids=ids[:, 12:], use_cache=False).logits
     torch.testing.assert_close(packed[:, 12:], alone, rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.parametrize("longest", [1024, 10])
+def test_packed_rows_attend_as_alone(monkeypatch: pytest.MonkeyPatch, longest: int) -> None:
+    """In blocks and, for long rows and on GPUs, through torch's own attention; gradients too."""
+    monkeypatch.setattr("fedit.attention.LONGEST", longest)
+    generator = torch.Generator().manual_seed(2)
+    lengths, starts = [5, 70, 3, 68, 1], [2, 7, 77, 84, 152]
+    inputs = [
+        torch.randn(1, heads, 160, 8, generator=generator, dtype=torch.float64, requires_grad=True)
+        for heads in (4, 2, 2)
+    ]
+    groups = group_rows(starts, lengths, torch.device("cpu"))
+    got = _attend_packed(*inputs, 0.3, groups)[0]
+    weight = torch.randn(got.shape, generator=generator, dtype=torch.float64)
+    expected = torch.zeros_like(got)
+    for start, length in zip(starts, lengths, strict=True):
+        expected[start : start + length] = plain(*(x[:, :, start : start + length] for x in inputs), 0.3)[0]
+    torch.testing.assert_close(got, expected)
+    for ours, theirs in zip(
+        torch.autograd.grad((got * weight).sum(), inputs),
+        torch.autograd.grad((expected * weight).sum(), inputs),
+        strict=True,
+    ):
+        torch.testing.assert_close(ours, theirs)

@@ -11,11 +11,11 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 import numpy as np
 import torch
 
+from fedit.batch import batches
 from fedit.evaluation.checks import exact_match, passes
 from fedit.evaluation.metrics import Prediction, rouge_l
 from fedit.interfaces import Adapter, EncodedExample
-from fedit.model import Batch, StackedModel
-from fedit.tuning import group_by_length
+from fedit.model import StackedModel
 
 NUM_SLOTS = 16
 """Adapters evaluated at the same time."""
@@ -61,9 +61,9 @@ def response_losses(
     _fill(model, adapters)
     pairs = [(slot, row) for slot in range(len(adapters)) for row in range(len(examples))]
     losses = np.zeros((len(adapters), len(examples)))
-    for group in group_by_length([len(examples[row]) for _, row in pairs], model.device.type):
-        slots, rows = zip(*(pairs[i] for i in group), strict=True)
-        batch = Batch.collate([examples[row] for row in rows], slots, model.device)
+    inputs = [examples[row] for _, row in pairs]
+    for part, batch in batches(inputs, [slot for slot, _ in pairs], model.device, model.longest_packed):
+        slots, rows = zip(*(pairs[i] for i in part), strict=True)
         with torch.inference_mode():
             token_losses, row_of_token = model.token_losses(batch)
             sums = torch.zeros(len(rows), dtype=torch.float64, device=model.device)
