@@ -18,7 +18,6 @@ from safetensors import safe_open
 from safetensors.torch import save
 
 from fedit.config import RunConfig
-from fedit.engines.simulation import resolve_slots
 from fedit.evaluation.metrics import LOCAL_PREFIX
 from fedit.files import write_atomically
 from fedit.interfaces import Adapter, derive_seed
@@ -86,7 +85,7 @@ def train_baseline(
     who shares a stack never changes, and a piece begins from the same bits whether they were read or not. `on_saved`
     is told the tokens that were trained since the last time.
     """
-    num_slots = resolve_slots(config.engine.slots, len(tasks))
+    num_slots = min(len(tasks), model.max_slots)
     result = Trained()
     for start in range(0, len(tasks), num_slots):
         group = tasks[start : start + num_slots]

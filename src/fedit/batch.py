@@ -24,7 +24,7 @@ if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
 BATCH_TOKENS = {"cpu": 4096, "cuda": 16384}
-"""Tokens of a batch, about at most (one row may be longer): activations of more would not fit the caches."""
+"""Tokens of a batch, about at most (one row may be longer): more would gain nothing."""
 LAUNCH_TOKENS = {"cpu": 192, "cuda": 2048}
 """What another padded batch costs, in tokens: rows are padded rather than split off where that is cheaper."""
 PIECES = (256, 128, 64, 32, 16, 8)
@@ -129,14 +129,14 @@ def batches(
     slots: Sequence[int],
     device: torch.device,
     longest_packed: float,
+    limit: int,
     seeds: Sequence[int] = (),
 ) -> Iterator[tuple[list[int], Batch]]:
     """Yield the rows' indices and the batch of each part of `examples` that goes through the base at once.
 
-    They are packed if no row is longer than `longest_packed`.
+    A batch has about `limit` tokens at most. They are packed if no row is longer than `longest_packed`.
     """
     lengths = [len(example) for example in examples]
-    limit = BATCH_TOKENS.get(device.type, BATCH_TOKENS["cuda"])
     if max(lengths) <= longest_packed:
         make, parts = Batch.pack, group_by_slot(lengths, slots, limit)
     else:

@@ -19,9 +19,9 @@ import torch
 from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedModel
 
 from fedit.base import load_base, load_tokenizer, prepare_base, resolve_device, resolve_dtype
-from fedit.config import AdapterConfig, ClientConfig, DType, ModelConfig
-from fedit.engines.simulation import resolve_slots
+from fedit.config import AdapterConfig, ClientConfig, DType, EngineConfig, ModelConfig
 from fedit.interfaces import ConfigError, EncodedExample, Example, Turn, derive_rng, did_you_mean
+from fedit.memory import fit_memory
 from fedit.model import StackedModel
 from fedit.report.format import size
 from fedit.tuning import TuningTask, tune
@@ -111,7 +111,8 @@ def measure(
         TuningTask(f"client {index}", rows, adapter, 0, num_steps, num_steps, index)
         for index, rows in enumerate(clients)
     ]
-    num_slots = resolve_slots(slots, len(tasks))
+    fit_memory(model, EngineConfig.model_validate({"slots": slots}), config, clients)
+    num_slots = min(len(tasks), model.max_slots)
     seconds, cpu_seconds, tokens = [], [], 0
     for _ in range(repetitions + 1):
         model.processed_tokens = 0

@@ -33,6 +33,7 @@ from fedit.evaluation.metrics import Prediction, summarise
 from fedit.export import save_adapter
 from fedit.files import append_line, keep_lines, write_atomically, write_json
 from fedit.interfaces import Adapter, ConfigError, DataError, EncodedExample, EngineError, derive_rng
+from fedit.memory import fit_memory
 from fedit.model import StackedModel
 from fedit.prepare import FederatedData
 from fedit.report import RunFolder, write_report
@@ -113,6 +114,7 @@ def run_experiment(
     base = load_base(config.model, device)
     digest = weights_digest(base)
     model = StackedModel(base, load_tokenizer(config.model.path), config.adapter)
+    fit_memory(model, config.engine, config.client, list(data.clients.values()))
     _start_folder(folder, data, describe_run(config, model, digest, recipe, plugin_files))
     run = _Run(config, folder, data, model, model.fresh_adapter(derive_rng(config.seed, "adapter")), notify)
 

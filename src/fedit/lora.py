@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import zlib
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -54,8 +55,8 @@ class Routing:
     """None: the base as it is"""
     num_tokens: int = 0
     """Of this call of the base"""
-    dropout: Sequence[tuple[torch.Generator, int, int]] = ()
-    """Where it applies: the generator, first token number and length of each row"""
+    dropout: Sequence[tuple[int, int, int]] = ()
+    """Where it applies: the seed, first token number and length of each row"""
     head_positions: Tensor | None = None
     hidden: Tensor | None = None
     """What a plain head would have seen at these positions, [N, d]"""
@@ -80,6 +81,7 @@ class StackedLora(nn.Module):
         self.num_inputs, self.num_outputs = linear_shape(base)
         self._routing = routing
         self._dropout = dropout
+        self._salt = zlib.crc32(name.encode())
 
     def forward(self, x: Tensor) -> Tensor:
         output = self.base(x)
@@ -105,11 +107,14 @@ class StackedLora(nn.Module):
             )
         return added.view(output.shape)
 
-    def _dropout_mask(self, x: Tensor, rows: Sequence[tuple[torch.Generator, int, int]]) -> Tensor:
-        """Each row draws for its own tokens from its own generator: neither neighbours nor padding change its mask."""
+    def _dropout_mask(self, x: Tensor, rows: Sequence[tuple[int, int, int]]) -> Tensor:
+        """Each row of each layer draws from a generator of its own: neither neighbours nor padding change its mask, and
+        a layer that is computed again draws the same.
+        """
         keep = 1.0 - self._dropout
         mask = torch.zeros_like(x)
-        for generator, start, length in rows:
+        for seed, start, length in rows:
+            generator = torch.Generator(x.device).manual_seed(seed ^ self._salt)
             draw = torch.rand(length, x.shape[1], generator=generator, device=x.device)
             mask[start : start + length] = (draw < keep).to(x.dtype) / keep
         return mask

@@ -7,9 +7,9 @@ is frozen and rows do not see each other, the result equals S models run one by 
 
 from __future__ import annotations
 
+import logging
 import math
 from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
 from typing import TYPE_CHECKING
 
 import numpy as np
@@ -17,17 +17,21 @@ import torch
 from torch import Tensor, nn
 from torch.nn.functional import cross_entropy
 from transformers import GenerationConfig
+from transformers.modeling_layers import GradientCheckpointingLayer
 from transformers.pytorch_utils import Conv1D
 
 from fedit.base import find_targets, is_linear
-from fedit.batch import Batch, longest_packed
+from fedit.batch import BATCH_TOKENS, Batch, batches, longest_packed
 from fedit.config import AdapterConfig
 from fedit.head import FrozenHeadLoss, is_plain_head
-from fedit.interfaces import Adapter, EngineError
+from fedit.interfaces import Adapter, EncodedExample, EngineError
 from fedit.lora import Pieces, Routing, StackedLora
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
+
+_log = logging.getLogger(__name__)
 
 
 class StackedModel:
@@ -57,6 +61,7 @@ class StackedModel:
         eos = tokenizer.eos_token_id
         base.generation_config = GenerationConfig(do_sample=False, eos_token_id=eos, pad_token_id=eos)
         base.register_forward_pre_hook(self._note_num_tokens, with_kwargs=True)
+        self._checkpointed = [m for m in base.modules() if isinstance(m, GradientCheckpointingLayer)]
         head = base.get_output_embeddings()
         if head is None:
             raise EngineError(
@@ -67,6 +72,9 @@ class StackedModel:
         self.longest_packed = longest_packed(base)
         """Tokens of the longest rows that the base may be given packed"""
         head.register_forward_pre_hook(self._select_supervised)
+        self.max_slots, self.batch_tokens = 16, BATCH_TOKENS.get(self.device.type, BATCH_TOKENS["cuda"])
+        """Clients tuned at the same time, and tokens of a batch, at most; `fit_memory` chooses them."""
+        self._has_halved = False
         self.processed_tokens = 0
         """Padding included, in all calls of `token_losses`; for whoever wants to know what padding costs."""
         self.allocate(1)
@@ -82,6 +90,32 @@ class StackedModel:
     def _num_first_factors(self) -> int:
         """Columns of `parameters` that hold A; those of B follow."""
         return self.rank * sum(layer.num_inputs for layer in self.layers)
+
+    @property
+    def slot_bytes(self) -> int:
+        """What a slot takes while it is tuned: parameters, gradient, two moments, two of a step's own, and the copy."""
+        return self.num_parameters * (6 * self.parameters.element_size() + self._copies.element_size())
+
+    @property
+    def can_checkpoint(self) -> bool:
+        return bool(self._checkpointed)
+
+    @property
+    def checkpointing(self) -> bool:
+        """Whether a layer's activations are computed again in the backward pass instead of kept."""
+        return any(layer.training for layer in self._checkpointed)
+
+    @checkpointing.setter
+    def checkpointing(self, on: bool) -> None:
+        if on and not self.can_checkpoint:
+            raise EngineError(
+                f"[engine] gradient_checkpointing: {type(self.base).__name__} does not support it. Turn it off."
+            )
+        if on:
+            self.base.activation_checkpointing_enable()
+        # Only the layer itself is told: its dropouts stay off.
+        for layer in self._checkpointed:
+            layer.training = on
 
     @property
     def num_slots(self) -> int:
@@ -120,6 +154,24 @@ class StackedModel:
         b = self._num_first_factors
         self._copies[slots, :b] = self.parameters[slots, :b]
         self._copies[slots, b:] = self.parameters[slots, b:] * self.scaling[slots, None]
+
+    def halve_batches(self, error: torch.OutOfMemoryError) -> None:
+        """Drop the gradients of a step that did not fit the memory, and let at most half as many tokens in at a time.
+
+        Raises:
+            EngineError: that was done before, or a batch is a single row already.
+        """
+        self._gradients.zero_()
+        if self._has_halved:
+            raise EngineError(
+                f"Out of memory again with {self.batch_tokens} tokens at a time: {error}. What was saved is intact; "
+                "resume with less beside it on the device. For a new run, lower [engine] slots or [data] max_length."
+            ) from error
+        self._has_halved = True
+        self.batch_tokens //= 2
+        if self.device.type == "cuda":
+            torch.cuda.empty_cache()
+        _log.warning("Out of memory: going on from the last step with %d tokens at a time.", self.batch_tokens)
 
     def take_gradients(self) -> Tensor:
         """Return the gradients of `parameters` [S, d] that backward passes added up; to be set to zero once used."""
@@ -183,24 +235,27 @@ class StackedModel:
 
     # -- forward
 
+    def batches(
+        self, examples: Sequence[EncodedExample], slots: Sequence[int], seeds: Sequence[int] = ()
+    ) -> Iterator[tuple[list[int], Batch]]:
+        """Yield the indices and the batch of each part of `examples` that goes through the base at once."""
+        return batches(examples, slots, self.device, self.longest_packed, self.batch_tokens, seeds)
+
     def token_losses(self, batch: Batch) -> tuple[Tensor, Tensor]:
         """Return the negative log-likelihood (nats, [P]) of each supervised token, and its row (int64 [P]).
 
         The head is applied to the P positions that predict a supervised token only; the order is row by row.
         """
         self.processed_tokens += batch.input_ids.numel()
-        dropout = [
-            (torch.Generator(self.device).manual_seed(seed), *row)
-            for seed, row in zip(batch.dropout_seeds, batch.rows, strict=False)
-        ]
-        with self._route(batch.piece_slots, batch.predicting, dropout if self.dropout else ()):
-            logits = self.base(
-                input_ids=batch.input_ids,
-                position_ids=batch.position_ids,
-                attention_mask=batch.attention_mask,
-                use_cache=False,
-            ).logits[0]
-            hidden = self._routing.hidden
+        dropout = [(seed, *row) for seed, row in zip(batch.dropout_seeds, batch.rows, strict=False)]
+        self._route(batch.piece_slots, batch.predicting, dropout if self.dropout else ())
+        logits = self.base(
+            input_ids=batch.input_ids,
+            position_ids=batch.position_ids,
+            attention_mask=batch.attention_mask,
+            use_cache=False,
+        ).logits[0]
+        hidden, self._routing.hidden = self._routing.hidden, None
         if self._plain_head is not None:
             head = self._plain_head
             return FrozenHeadLoss.apply(hidden, head.weight, head.bias, batch.targets), batch.target_rows
@@ -220,12 +275,12 @@ class StackedModel:
         for row, prompt in enumerate(prompts):
             input_ids[row, length - len(prompt) :] = torch.from_numpy(prompt.astype(np.int64))
             attention_mask[row, length - len(prompt) :] = 1
-        with self._route(slots):
-            output = self.base.generate(  # pyright: ignore[reportCallIssue] (torch's __getattr__ hides the mixin)
-                input_ids=input_ids.to(self.device),
-                attention_mask=attention_mask.to(self.device),
-                max_new_tokens=max(1, int(min(max_new_tokens, self.room(length)))),
-            )
+        self._route(slots)
+        output = self.base.generate(  # pyright: ignore[reportCallIssue] (torch's __getattr__ hides the mixin)
+            input_ids=input_ids.to(self.device),
+            attention_mask=attention_mask.to(self.device),
+            max_new_tokens=max(1, int(min(max_new_tokens, self.room(length)))),
+        )
         return self.tokenizer.batch_decode(output[:, length:], skip_special_tokens=True)
 
     def room(self, length: int) -> float:
@@ -233,21 +288,16 @@ class StackedModel:
         context = getattr(self.base.config, "max_position_embeddings", None)
         return math.inf if context is None else context - length
 
-    @contextmanager
     def _route(
         self,
         piece_slots: Sequence[int],
         head_positions: Tensor | None = None,
-        dropout: Sequence[tuple[torch.Generator, int, int]] = (),
-    ) -> Iterator[None]:
+        dropout: Sequence[tuple[int, int, int]] = (),
+    ) -> None:
+        """Tell the layers about the next call of the base; it holds until another, as checkpointed layers run again."""
         routing = self._routing
         routing.pieces = Pieces.of(piece_slots, self.num_slots, self.device)
         routing.head_positions, routing.dropout = head_positions, dropout
-        try:
-            yield
-        finally:
-            routing.pieces = routing.head_positions = routing.hidden = None
-            routing.dropout = ()
 
     def _note_num_tokens(self, _base: nn.Module, _arguments: tuple[object, ...], named: dict[str, Tensor]) -> None:
         self._routing.num_tokens = named["input_ids"].numel()

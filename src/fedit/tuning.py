@@ -1,9 +1,9 @@
 """Local tuning of many clients at once on the one resident base.
 
-A step takes the next batch of every live slot, regroups all their rows by length into a few micro-batches (so that
-little is padding), adds up the gradients, and moves every slot by its own AdamW step. The loss of a slot is the mean
-over the response tokens of its own batch, and rows do not see each other, so each client's gradients are exactly those
-of tuning it alone. A finished slot is refilled with the next task.
+A step takes the next batch of every live slot, puts the rows of all of them through the base together, in as few packed
+sequences as memory and caches allow, adds up the gradients, and moves every slot by its own AdamW step. The loss of a
+slot is the mean over the response tokens of its own batch, and rows do not see each other, so each client's gradients
+are exactly those of tuning it alone. A finished slot is refilled with the next task.
 """
 
 from __future__ import annotations
@@ -15,7 +15,6 @@ from dataclasses import dataclass, field
 import numpy as np
 import torch
 
-from fedit.batch import batches
 from fedit.config import ClientConfig
 from fedit.interfaces import Adapter, EncodedExample, derive_rng, derive_seed
 from fedit.model import StackedModel
@@ -117,7 +116,7 @@ def _step(
     on_step: Callable[[int], None],
 ) -> list[bool]:
     """Train one step of every live slot; return which of them stayed finite."""
-    rows, examples, seeds = [], list[EncodedExample](), list[int]()
+    rows, examples, seeds = list[int](), list[EncodedExample](), list[int]()
     num_supervised = np.zeros(model.num_slots)
     for slot in live:
         step = slot.task.first_batch + slot.step
@@ -130,13 +129,12 @@ def _step(
             seeds.append(derive_seed(slot.task.seed, "dropout", step, position) if model.dropout else 0)
             num_supervised[slot.index] += example.num_supervised
             slot.num_tokens += len(example)
-    losses = torch.zeros_like(model.scaling)
-    weights = torch.from_numpy(1 / np.maximum(num_supervised, 1)).to(model.scaling)
-    for part, batch in batches(examples, rows, model.device, model.longest_packed, seeds):
-        token_losses, row = model.token_losses(batch)
-        slot_of_token = torch.as_tensor([rows[i] for i in part], device=model.device)[row]
-        (token_losses * weights[slot_of_token]).sum().backward()
-        losses.index_add_(0, slot_of_token, token_losses.detach())
+    weights = 1 / np.maximum(num_supervised, 1)
+    try:
+        losses = _add_gradients(model, rows, examples, seeds, weights)
+    except torch.OutOfMemoryError as error:
+        model.halve_batches(error)
+        losses = _add_gradients(model, rows, examples, seeds, weights)
     mean_losses = (losses * weights).tolist()
     norms = optimizer.step({slot.index: _learning_rate(config, slot) for slot in live})
     on_step(sum(len(example) for example in examples))
@@ -144,6 +142,24 @@ def _step(
         slot.step += 1
         slot.losses.append(mean_losses[slot.index])
     return [math.isfinite(mean_losses[slot.index]) and math.isfinite(norms[slot.index]) for slot in live]
+
+
+def _add_gradients(
+    model: StackedModel,
+    slots: Sequence[int],
+    examples: Sequence[EncodedExample],
+    seeds: Sequence[int],
+    weights: np.ndarray,
+) -> np.ndarray:
+    """Backpropagate the loss of every example's tokens times its slot's weight; return each slot's summed loss [S]."""
+    losses = torch.zeros_like(model.scaling)
+    weight_of_slot = torch.from_numpy(weights).to(model.scaling)
+    for part, batch in model.batches(examples, slots, seeds):
+        token_losses, row = model.token_losses(batch)
+        slot_of_token = torch.as_tensor([slots[i] for i in part], device=model.device)[row]
+        (token_losses * weight_of_slot[slot_of_token]).sum().backward()
+        losses.index_add_(0, slot_of_token, token_losses.detach())
+    return losses.cpu().numpy()
 
 
 def _finish(model: StackedModel, optimizer: StackedAdamW, slot: _Slot, healthy: bool) -> TuningResult:

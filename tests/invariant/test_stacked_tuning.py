@@ -145,6 +145,82 @@ def test_stacked_equals_peft_one_by_one(tiny_model_folder: Path, num_slots: int,
         assert relative_error(got.tensors, expected, start) < 1e-5
 
 
+def test_results_do_not_depend_on_slots_nor_on_how_the_base_is_run(tiny_model_folder: Path) -> None:
+    """1, 3 and 8 slots, small batches, padded ones, layers computed again: equal to 1e-9 in float64."""
+
+    def run(num_slots: int, **attributes: object) -> dict[str, Mapping[str, Tensor]]:
+        model = load(tiny_model_folder, AdapterConfig(rank=6, alpha=12, dropout=0.2), torch.float64)
+        for name, value in attributes.items():
+            setattr(model, name, value)
+        tasks = make_tasks(model) + [make_task(model, seed, 4, 6, num_steps=3) for seed in range(6, 12)]
+        start.update({task.name: task.adapter.tensors for task in tasks})
+        return {result.task.name: result.adapter.tensors for result in tune(model, tasks, CONFIG, num_slots)}
+
+    start: dict[str, Mapping[str, Tensor]] = {}
+    expected = run(8)
+    others = [run(1), run(3), run(8, batch_tokens=50), run(8, longest_packed=0), run(3, checkpointing=True)]
+    for other in others:
+        for name, tensors in expected.items():
+            assert relative_error(other[name], tensors, start[name]) < 1e-9
+
+
+def test_an_example_can_be_a_slot_of_its_own(tiny_model_folder: Path) -> None:
+    """Gradients example by example, in one pass, equal autograd's of each alone: what DP-SGD clips."""
+    model = load(tiny_model_folder, AdapterConfig(rank=6, alpha=12), torch.float64)
+    examples, adapter = make_examples(5, 7), random_adapter(model, 1, 6)
+    model.allocate(len(examples))
+    for slot in range(len(examples)):
+        model.write(slot, adapter)
+    for _, batch in model.batches(examples, list(range(len(examples)))):
+        model.token_losses(batch)[0].sum().backward()
+    got = model.take_gradients().clone()
+    base = AutoModelForCausalLM.from_pretrained(tiny_model_folder, dtype=torch.float64)
+    peft = get_peft_model(base, LoraConfig(r=6, lora_alpha=12, target_modules="all-linear", task_type="CAUSAL_LM"))
+    peft = peft.to(torch.float64)
+    trained = {
+        name.removeprefix("base_model.model.").replace(".default", ""): parameter
+        for name, parameter in peft.named_parameters()
+        if parameter.requires_grad
+    }
+    with torch.no_grad():
+        for name, parameter in trained.items():
+            parameter.copy_(adapter.tensors[name])
+    for slot, example in enumerate(examples):
+        ids = torch.from_numpy(example.input_ids.astype(np.int64))[None]
+        peft.zero_grad()
+        losses = torch.nn.functional.cross_entropy(peft(input_ids=ids).logits[0, :-1], ids[0, 1:], reduction="none")
+        losses[example.supervised[1:]].sum().backward()
+        expected = [trained[f"{layer.name}.lora_{f}.weight"].grad for f in "AB" for layer in model.layers]
+        flat = torch.cat([gradient.flatten() for gradient in expected if gradient is not None])
+        torch.testing.assert_close(got[slot], flat, rtol=1e-7, atol=1e-12)
+
+
+def test_out_of_memory_halves_the_batches_once(
+    tiny_model_folder: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    """In the middle of a step: what was added up is dropped, and the step is taken again. Not a second time."""
+    plain = load(tiny_model_folder, AdapterConfig(rank=6, alpha=12), torch.float64)
+    expected = {result.task.name: result.adapter.tensors for result in tune(plain, make_tasks(plain), CONFIG, 5)}
+    measured, failing, calls = StackedModel.token_losses, {7}, iter(range(1000))
+
+    def token_losses(self: StackedModel, batch: Batch) -> tuple[Tensor, Tensor]:
+        if next(calls) in failing:
+            raise torch.OutOfMemoryError("no memory")
+        return measured(self, batch)
+
+    monkeypatch.setattr(StackedModel, "token_losses", token_losses)
+    model = load(tiny_model_folder, AdapterConfig(rank=6, alpha=12), torch.float64)
+    model.batch_tokens = 100
+    results = {result.task.name: result for result in tune(model, make_tasks(model), CONFIG, 5)}
+    assert model.batch_tokens == 50
+    assert "going on from the last step with 50 tokens" in caplog.text
+    for name, result in results.items():
+        assert relative_error(result.adapter.tensors, expected[name], result.task.adapter.tensors) < 1e-9
+    failing.update(range(1000))
+    with pytest.raises(EngineError, match="Out of memory again with 50 tokens"):
+        list(tune(model, make_tasks(model), CONFIG, 5))
+
+
 def test_a_training_in_pieces_gives_the_bits_of_one_without_pause(tiny_model_folder: Path) -> None:
     """Adapter and moments are all that a training needs to go on, in whatever slot."""
     model = load(tiny_model_folder, AdapterConfig(rank=6, alpha=12, dropout=0.2))

@@ -79,20 +79,22 @@ def test_packed_rows_attend_as_alone(monkeypatch: pytest.MonkeyPatch, longest: i
     monkeypatch.setattr("fedit.attention.LONGEST", longest)
     generator = torch.Generator().manual_seed(2)
     lengths, starts = [5, 70, 3, 68, 1], [2, 7, 77, 84, 152]
-    inputs = [
-        torch.randn(1, heads, 160, 8, generator=generator, dtype=torch.float64, requires_grad=True)
-        for heads in (4, 2, 2)
-    ]
+
+    def draw(heads: int) -> torch.Tensor:
+        return torch.randn(1, heads, 160, 8, generator=generator, dtype=torch.float64, requires_grad=True)
+
+    query, key, value = draw(4), draw(2), draw(2)
     groups = group_rows(starts, lengths, torch.device("cpu"))
-    got = _attend_packed(*inputs, 0.3, groups)[0]
+    got = _attend_packed(query, key, value, 0.3, groups)[0]
     weight = torch.randn(got.shape, generator=generator, dtype=torch.float64)
     expected = torch.zeros_like(got)
     for start, length in zip(starts, lengths, strict=True):
-        expected[start : start + length] = plain(*(x[:, :, start : start + length] for x in inputs), 0.3)[0]
+        row = slice(start, start + length)
+        expected[row] = plain(query[:, :, row], key[:, :, row], value[:, :, row], 0.3)[0]
     torch.testing.assert_close(got, expected)
     for ours, theirs in zip(
-        torch.autograd.grad((got * weight).sum(), inputs),
-        torch.autograd.grad((expected * weight).sum(), inputs),
+        torch.autograd.grad((got * weight).sum(), (query, key, value)),
+        torch.autograd.grad((expected * weight).sum(), (query, key, value)),
         strict=True,
     ):
         torch.testing.assert_close(ours, theirs)

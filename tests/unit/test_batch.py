@@ -69,7 +69,7 @@ def test_rows_of_dolly_s_lengths_are_hardly_padded() -> None:
     for step in range(50):
         lengths = rng.lognormal(np.log(100), 0.7, 10).astype(int).clip(8, 512)
         examples = [make_row(length, step) for length in lengths]
-        for _, batch in batches(examples, list(range(10)), CPU, np.inf):
+        for _, batch in batches(examples, list(range(10)), CPU, np.inf, 4096):
             processed += batch.input_ids.numel()
         real += lengths.sum()
     assert real / processed > 0.95
@@ -77,9 +77,9 @@ def test_rows_of_dolly_s_lengths_are_hardly_padded() -> None:
 
 def test_rows_longer_than_a_base_packs_are_padded() -> None:
     examples = [make_row(length, length) for length in (5, 90)]
-    ((_, packed),) = batches(examples, [0, 1], CPU, 90)
+    ((_, packed),) = batches(examples, [0, 1], CPU, 90, 4096)
     assert packed.position_ids is not None
-    padded = list(batches(examples, [0, 1], CPU, 89))
+    padded = list(batches(examples, [0, 1], CPU, 89, 4096))
     assert all(batch.position_ids is None for _, batch in padded)
 
 

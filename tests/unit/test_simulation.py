@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Iterator
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
@@ -47,7 +48,7 @@ def run(store: ClientStore, client: dict[str, Any], round_index: int, seed: int 
     load_plugins()
     config = RunConfig.model_validate({"seed": seed, "rounds": 7, "client": client})
     clients = {"a": [ROW] * 10, "b": [ROW] * 3, "c": [ROW]}
-    engine = simulation.Simulation(config, None, clients, store)  # pyright: ignore[reportArgumentType]
+    engine = simulation.Simulation(config, SimpleNamespace(max_slots=16), clients, store)  # pyright: ignore[reportArgumentType]
     assert engine.client_ids() == ["a", "b", "c"]
     return list(engine.run([ClientTask(name, round_index, ADAPTER, num_earlier) for name in engine.client_ids()]))
 
@@ -100,10 +101,3 @@ def test_moments_are_each_client_s_own_and_forgotten_unless_kept(tuned: list[Tun
     assert third == [("c", None), ("b", 2), ("a", 6)]
     assert tuned[-1].moments is not None
     assert (tuned[-1].moments.first.item(), tuned[-1].moments.second.item()) == (2, 4)
-
-
-def test_slots() -> None:
-    assert simulation.resolve_slots("auto", 3) == 3
-    assert simulation.resolve_slots("auto", 300) == simulation.MAX_SLOTS
-    assert simulation.resolve_slots(4, 300) == 4
-    assert simulation.resolve_slots(4, 2) == 2

@@ -178,7 +178,11 @@ class EngineConfig(Table):
 
     name: Literal["simulation"] = "simulation"
     slots: Literal["auto"] | Annotated[int, Field(ge=1)] = "auto"
-    """Clients tuned at the same time; auto: the whole cohort, at most 16."""
+    """Clients tuned at the same time; auto: as many as fill the batches, if memory holds them."""
+    memory_gb: Literal["auto"] | Annotated[float, Field(gt=0)] = "auto"
+    """Memory that tuning may take, in 10^9 bytes; auto: half of the machine's, or nine tenths of the GPU's."""
+    gradient_checkpointing: Literal["auto"] | bool = "auto"
+    """Compute activations again in the backward pass instead of keeping them; auto: where they do not fit."""
     device: str = "auto"
     """cpu, cuda, cuda:1, ...; auto: cuda where there is one."""
 

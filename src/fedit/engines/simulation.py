@@ -12,9 +12,6 @@ from fedit.interfaces import ClientFailure, ClientTask, ClientUpdate, EncodedExa
 from fedit.model import StackedModel
 from fedit.tuning import Moments, TuningResult, TuningTask, tune
 
-MAX_SLOTS = 16
-"""Of ``slots = "auto"``: with more, the micro-batches are full already and only the optimizer state grows."""
-
 
 class Simulation:
     """An `Engine` whose clients are lists of encoded examples; what they keep between rounds is in `store`."""
@@ -39,7 +36,7 @@ class Simulation:
     def run(self, tasks: Sequence[ClientTask]) -> Iterator[ClientUpdate | ClientFailure]:
         """Yield the clients' results as their slots finish."""
         round_of = {task.client: task.round_index for task in tasks}
-        num_slots = resolve_slots(self._config.engine.slots, len(tasks))
+        num_slots = min(len(tasks), self._model.max_slots)
         # A generator: a task, and with it what its client kept, comes into memory when a slot is free.
         tuning_tasks = (self._tuning_task(task) for task in tasks)
         for result in tune(self._model, tuning_tasks, self._config.client, num_slots, self._on_step):
@@ -70,11 +67,6 @@ class Simulation:
         moments = result.moments
         tensors = {"first": moments.first, "second": moments.second, "num_steps": torch.tensor(moments.num_steps)}
         self._store.write(result.task.name, round_index, tensors)
-
-
-def resolve_slots(slots: int | str, num_tasks: int) -> int:
-    """Return how many tasks are tuned at the same time."""
-    return min(num_tasks, slots if isinstance(slots, int) else MAX_SLOTS)
 
 
 def _answer(result: TuningResult) -> ClientUpdate | ClientFailure:

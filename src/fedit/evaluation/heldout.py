@@ -11,7 +11,6 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 import numpy as np
 import torch
 
-from fedit.batch import batches
 from fedit.evaluation.checks import exact_match, passes
 from fedit.evaluation.metrics import Prediction, rouge_l
 from fedit.interfaces import Adapter, EncodedExample
@@ -62,7 +61,7 @@ def response_losses(
     pairs = [(slot, row) for slot in range(len(adapters)) for row in range(len(examples))]
     losses = np.zeros((len(adapters), len(examples)))
     inputs = [examples[row] for _, row in pairs]
-    for part, batch in batches(inputs, [slot for slot, _ in pairs], model.device, model.longest_packed):
+    for part, batch in model.batches(inputs, [slot for slot, _ in pairs]):
         slots, rows = zip(*(pairs[i] for i in part), strict=True)
         with torch.inference_mode():
             token_losses, row_of_token = model.token_losses(batch)
