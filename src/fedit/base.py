@@ -3,13 +3,22 @@
 from __future__ import annotations
 
 import hashlib
+import importlib.util
 from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
 import torch
 from safetensors import SafetensorError
 from torch import nn
-from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
+from transformers import (
+    AutoConfig,
+    AutoModelForCausalLM,
+    AutoTokenizer,
+    BitsAndBytesConfig,
+    PreTrainedModel,
+    PreTrainedTokenizerBase,
+)
 from transformers.pytorch_utils import Conv1D
 
 from fedit.attention import can_use_it, packed_attention
@@ -66,11 +75,34 @@ def context_length(path: str) -> int | None:
 def load_base(config: ModelConfig, device: torch.device) -> PreTrainedModel:
     """Load the base frozen, in evaluation mode, on `device`; raise EngineError that says what is missing."""
     dtype = resolve_dtype(config.dtype, device)
+    quantized = {} if config.quantization == "none" else _quantization(config, device, dtype)
     try:
-        base = AutoModelForCausalLM.from_pretrained(resolve_path(config.path), dtype=dtype)
+        base = AutoModelForCausalLM.from_pretrained(resolve_path(config.path), dtype=dtype, **quantized)
     except (OSError, ValueError, SafetensorError) as error:
         raise EngineError(_not_loaded(config.path, "weights", error)) from error
     return prepare_base(base, device)
+
+
+def _quantization(config: ModelConfig, device: torch.device, dtype: torch.dtype) -> dict[str, Any]:
+    """Return the options that load a quantised base.
+
+    Raises:
+        EngineError: there is no GPU for it (on CPUs, bitsandbytes has no gradient of its products), or no bitsandbytes.
+    """
+    setting = f"[model] quantization = {config.quantization!r}"
+    if device.type != "cuda":
+        raise EngineError(f"{setting} needs a CUDA GPU, and [engine] device is {device}. Leave quantization out here.")
+    if importlib.util.find_spec("bitsandbytes") is None:
+        raise EngineError(f"{setting} needs the package bitsandbytes. Install it: pip install 'fedit[quantization]'")
+    four_bits = config.quantization == "nf4"
+    chosen = BitsAndBytesConfig(
+        load_in_4bit=four_bits,
+        load_in_8bit=not four_bits,
+        bnb_4bit_quant_type="nf4",
+        bnb_4bit_use_double_quant=True,
+        bnb_4bit_compute_dtype=dtype,
+    )
+    return {"quantization_config": chosen, "device_map": {"": device}}
 
 
 def prepare_base(base: PreTrainedModel, device: torch.device) -> PreTrainedModel:
@@ -79,7 +111,8 @@ def prepare_base(base: PreTrainedModel, device: torch.device) -> PreTrainedModel
         base.set_attn_implementation(packed_attention())
     base.requires_grad_(False)
     base.eval()
-    base.to(device)  # pyright: ignore[reportArgumentType] (transformers' annotation hides torch's)
+    if not getattr(base, "is_quantized", False):  # such a model is where it shall be, and refuses to move
+        base.to(device)  # pyright: ignore[reportArgumentType] (transformers' annotation hides torch's)
     return base
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib.util
 import json
 import re
 import shutil
@@ -12,7 +13,10 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
+from fedit.base import load_base
 from fedit.batch import Batch
+from fedit.config import ModelConfig
+from fedit.interfaces import EngineError
 from fedit.model import StackedModel
 
 
@@ -132,6 +136,22 @@ def test_unknown_device(refused) -> None:
     assert "[engine] device = 'gpu' is not usable here" in message
     assert "Nothing was saved yet." in message
     assert "--resume" not in message
+
+
+def test_a_quantised_base_without_a_gpu_or_its_package(refused, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Before the weights are read; on a GPU the package has to be there."""
+    message = refused("EngineError", *options(model__quantization="nf4", engine__device="cpu"))
+    assert "[model] quantization = 'nf4' needs a CUDA GPU, and [engine] device is cpu" in message
+    monkeypatch.setattr(importlib.util, "find_spec", lambda name: None)
+    with pytest.raises(EngineError, match=r"pip install 'fedit\[quantization\]'"):
+        load_base(ModelConfig(path="absent", quantization="int8"), torch.device("cuda"))
+
+
+def test_memory_that_does_not_hold_the_base(refused) -> None:
+    message = refused("EngineError", *options(engine__memory_gb=0.0001))
+    assert "[engine] memory: 0.00 GB do not hold the base" in message
+    assert "raise [engine] memory_gb" in message
+    assert "Nothing was saved yet." in message
 
 
 def test_targets_that_match_nothing(refused) -> None:

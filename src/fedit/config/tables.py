@@ -57,6 +57,8 @@ class ModelConfig(Table):
     """A folder, a Hub name, or ``builtin:cria``."""
     dtype: DType = "auto"
     """Of the base and the activations; auto: bfloat16 where the hardware multiplies it. Adapters are float32."""
+    quantization: Literal["none", "nf4", "int8"] = "none"
+    """Of the base's linear layers, by bitsandbytes, on a CUDA GPU: 4 bits as in QLoRA (2305.14314), or 8."""
 
 
 class AdapterConfig(Table):

@@ -17,7 +17,7 @@ from fedit.interfaces import Adapter, EncodedExample
 from fedit.model import StackedModel
 
 NUM_SLOTS = 16
-"""Adapters evaluated at the same time."""
+"""Adapters evaluated at the same time, at most; where memory is short, twice as many as are tuned (no moments)."""
 GENERATED_TOKENS = {"cpu": 16384, "cuda": 65536}
 """Prompt and answer tokens of a generation batch at most: each of them keeps its keys and values."""
 
@@ -41,8 +41,9 @@ def predict(
     group finished.
     """
     names = list(adapters)
-    for start in range(0, len(names), NUM_SLOTS):
-        group = names[start : start + NUM_SLOTS]
+    num_slots = min(NUM_SLOTS, 2 * model.max_slots)
+    for start in range(0, len(names), num_slots):
+        group = names[start : start + num_slots]
         stacked = [adapters[name] for name in group]
         losses = response_losses(model, stacked, examples)
         answers = generate_answers(model, stacked, examples, max_new_tokens) if max_new_tokens else None
