@@ -140,6 +140,7 @@ class StackedModel:
         """Make `num_slots` empty slots (B = A = 0: the base itself); whatever the slots held is gone."""
         dtype = torch.promote_types(self.base.dtype, torch.float32)
         self.parameters = torch.zeros(num_slots, self.num_parameters, device=self.device, dtype=dtype)
+        self._factors = list(self._views(self.parameters))
         self._gradients = torch.zeros_like(self.parameters)
         self._copies = torch.zeros_like(self.parameters, dtype=self.base.dtype)
         self.scaling = torch.zeros(num_slots, device=self.device, dtype=dtype)
@@ -220,7 +221,7 @@ class StackedModel:
         with torch.no_grad():
             self.parameters[slot] = 0
             self.scaling[slot] = adapter.scaling
-            for layer, (a, b) in self._views(self.parameters):
+            for layer, (a, b) in self._factors:
                 a[slot, : adapter.rank] = adapter.tensors[f"{layer.name}.lora_A.weight"].to(self.device)
                 b[slot, :, : adapter.rank] = adapter.tensors[f"{layer.name}.lora_B.weight"].to(self.device)
         self.parameters_changed(slice(slot, slot + 1))
@@ -228,7 +229,7 @@ class StackedModel:
     def read(self, slot: int, rank: int) -> dict[str, Tensor]:
         """Return a copy of a slot's tensors on the CPU, cut to `rank`."""
         tensors = {}
-        for layer, (a, b) in self._views(self.parameters):
+        for layer, (a, b) in self._factors:
             tensors[f"{layer.name}.lora_A.weight"] = a[slot, :rank].cpu().clone()
             tensors[f"{layer.name}.lora_B.weight"] = b[slot, :, :rank].cpu().clone()
         return tensors

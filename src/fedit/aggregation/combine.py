@@ -48,13 +48,14 @@ def combine(adapter: Adapter, updates: Iterable[ClientUpdate], weighting: Weight
         received = adapter.cut(result.update.rank)
         for module, factors in low_rank(received, result.update.tensors).items():
             terms[module].append(factors * (weight * result.update.scaling))
-            if sum(term.rank for term in terms[module]) > min(factors.b.shape[0], factors.a.shape[1]):
+            # Twice the rank that the product can have: compacted for every client, it would cost a dense product each.
+            if sum(term.rank for term in terms[module]) > 2 * min(factors.b.shape[0], factors.a.shape[1]):
                 terms[module] = [LowRank.sum(terms[module]).compact()]
     if total == 0:
         raise RoundError("No update of this round has a positive weight (clients with num_examples = 0?).")
     return Combined(
         {name: tensor / total for name, tensor in sums.items()} if equal_ranks else {},
-        {module: LowRank.sum(parts) * (1 / total) for module, parts in terms.items()},
+        {module: LowRank.sum(parts).compact() * (1 / total) for module, parts in terms.items()},
     )
 
 
