@@ -34,11 +34,12 @@ class Simulation:
         return list(self._clients)
 
     def run(self, tasks: Sequence[ClientTask]) -> Iterator[ClientUpdate | ClientFailure]:
-        """Yield the clients' results as their slots finish."""
+        """Yield the clients' results as their slots finish; who has most steps begins first, or would end alone."""
         round_of = {task.client: task.round_index for task in tasks}
         num_slots = min(len(tasks), self._model.max_slots)
         # A generator: a task, and with it what its client kept, comes into memory when a slot is free.
-        tuning_tasks = (self._tuning_task(task) for task in tasks)
+        longest_first = sorted(tasks, key=lambda task: -self._config.client.num_steps(len(self._clients[task.client])))
+        tuning_tasks = (self._tuning_task(task) for task in longest_first)
         for result in tune(self._model, tuning_tasks, self._config.client, num_slots, self._on_step):
             if self._config.client.moments == "keep" and result.failure is None:
                 self._keep(round_of[result.task.name], result)
