@@ -25,6 +25,7 @@ from transformers.integrations.sdpa_attention import sdpa_attention_forward
 from transformers.masking_utils import sdpa_mask
 
 from fedit.grouping import group_by_length
+from fedit.interfaces import EngineError
 
 NAME = "fedit_packed"
 """What ``attn_implementation`` selects it by."""
@@ -131,7 +132,9 @@ def _attend(
     scale = query.shape[-1] ** -0.5 if scaling is None else scaling
     if groups is not None:
         if not plain:
-            raise NotImplementedError(f"{type(module).__name__} asks for more than plain causal attention")
+            raise EngineError(
+                f"{type(module).__name__} asks for more than plain causal attention: not for packed rows."
+            )
         return _attend_packed(query, key, value, scale, groups), None
     if plain and attention_mask is None and query.device.type == "cpu" and query.shape[2] <= LONGEST:
         return BlockedCausalAttention.apply(query, key, value, scale, None), None

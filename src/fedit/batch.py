@@ -18,7 +18,7 @@ from torch import Tensor
 
 from fedit.attention import NAME, as_mask, group_rows
 from fedit.grouping import group_by_length, group_by_slot
-from fedit.interfaces import EncodedExample
+from fedit.interfaces import EncodedExample, EngineError
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
@@ -173,9 +173,9 @@ def longest_packed(base: PreTrainedModel) -> float:
 
     try:
         packed, also_packed = logits(first, row), logits(other, row)
-    except (NotImplementedError, RuntimeError, TypeError, ValueError, IndexError):
+    except (EngineError, RuntimeError, TypeError, ValueError, IndexError):
+        # It asks its attention for more, takes no positions, or computes with the mask: whatever it is, it is padded.
         return 0
-    ids = torch.tensor([row], device=base.device) % base.config.vocab_size
     ids = torch.tensor([row], device=base.device) % base.config.vocab_size
     alone = base(input_ids=ids, use_cache=False).logits[0]
     same = torch.equal(packed, also_packed) and (packed - alone).norm() <= 0.05 * alone.norm()

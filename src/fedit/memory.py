@@ -40,7 +40,8 @@ def fit_memory(
     """
     kind = model.device.type
     budget = memory_bytes(engine, model.device)
-    base = sum(tensor.numel() * tensor.element_size() for tensor in (*model.base.parameters(), *model.base.buffers()))
+    frozen = [parameter for parameter in model.base.parameters() if not parameter.requires_grad]
+    base = sum(tensor.numel() * tensor.element_size() for tensor in (*frozen, *model.base.buffers()))
     rows = [len(row) for client_rows in clients for row in client_rows]
     step_tokens = client.batch_size * sum(rows) / len(rows)
     longest, most_tokens = max(rows), BATCH_TOKENS.get(kind, BATCH_TOKENS["cuda"])

@@ -156,18 +156,18 @@ class StackedModel:
         self._copies[slots, :b] = self.parameters[slots, :b]
         self._copies[slots, b:] = self.parameters[slots, b:] * self.scaling[slots, None]
 
-    def halve_batches(self, error: torch.OutOfMemoryError) -> None:
+    def halve_batches(self, reason: str) -> None:
         """Drop the gradients of a step that did not fit the memory, and let at most half as many tokens in at a time.
 
         Raises:
-            EngineError: that was done before, or a batch is a single row already.
+            EngineError: that was done before.
         """
         self._gradients.zero_()
         if self._has_halved:
             raise EngineError(
-                f"Out of memory again with {self.batch_tokens} tokens at a time: {error}. What was saved is intact; "
+                f"Out of memory again with {self.batch_tokens} tokens at a time: {reason}. What was saved is intact; "
                 "resume with less beside it on the device. For a new run, lower [engine] slots or [data] max_length."
-            ) from error
+            )
         self._has_halved = True
         self.batch_tokens //= 2
         if self.device.type == "cuda":

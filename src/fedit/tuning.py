@@ -130,10 +130,13 @@ def _step(
             num_supervised[slot.index] += example.num_supervised
             slot.num_tokens += len(example)
     weights = 1 / np.maximum(num_supervised, 1)
+    losses, reason = None, ""
     try:
         losses = _add_gradients(model, rows, examples, seeds, weights)
     except torch.OutOfMemoryError as error:
-        model.halve_batches(error)
+        reason = str(error)
+    if losses is None:  # not in the handler: there, the error keeps the tensors of the failed pass alive
+        model.halve_batches(reason)
         losses = _add_gradients(model, rows, examples, seeds, weights)
     mean_losses = (losses * weights).tolist()
     norms = optimizer.step({slot.index: _learning_rate(config, slot) for slot in live})
