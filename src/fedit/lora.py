@@ -38,13 +38,24 @@ class Pieces:
         )
         return Pieces(slot, order, offsets, slots[0] if len(set(slots)) == 1 else None)
 
-    def add_by_slot(self, pieces: Tensor, into: Tensor) -> None:
-        """Add up `pieces` [P, ...] of each slot into `into` [S, ...].
+    def split(self, tokens: Tensor) -> Tensor:
+        """Return `tokens` [N, n] as [P, N/P, n], or as they are where one slot has all."""
+        return tokens if self.only_slot is not None else tokens.view(len(self.slots), -1, tokens.shape[-1])
+
+    def take(self, stack: Tensor) -> Tensor:
+        """Return what each piece needs of `stack` [S, ...]: a copy for each [P, ...], or the one slot's own."""
+        return stack.index_select(0, self.slots) if self.only_slot is None else stack[self.only_slot]
+
+    def add(self, pieces: Tensor, into: Tensor) -> None:
+        """Add up `pieces` [P, ...] of each slot (or the one slot's sum) into `into` [S, ...].
 
         A bag of embeddings is a sum of chosen rows: a third of the time of ``index_add_``, and deterministic on GPUs.
         """
-        sums = embedding_bag(self.order, pieces.flatten(1), self.offsets, mode="sum")
-        into.add_(sums.view(into.shape))
+        if self.only_slot is not None:
+            into[self.only_slot].add_(pieces)
+        else:
+            sums = embedding_bag(self.order, pieces.flatten(1), self.offsets, mode="sum")
+            into.add_(sums.view(into.shape))
 
 
 @dataclass(eq=False)
@@ -97,14 +108,15 @@ class StackedLora(nn.Module):
         x = x.reshape(-1, self.num_inputs)
         if routing.dropout:
             x = x * self._dropout_mask(x, routing.dropout)
-        stacks = self.lora_A, self.lora_B, self.gradient_A, self.gradient_B
-        if pieces.only_slot is not None:
-            added = _ProductOfOne.apply(output.view(-1, self.num_outputs), x, *stacks, pieces.only_slot)
-        else:
-            shape = len(pieces.slots), -1
-            added = _ProductOfPieces.apply(
-                output.view(*shape, self.num_outputs), x.view(*shape, self.num_inputs), *stacks, pieces
-            )
+        added = _StackedProduct.apply(
+            pieces.split(output.view(-1, self.num_outputs)),
+            pieces.split(x),
+            self.lora_A,
+            self.lora_B,
+            self.gradient_A,
+            self.gradient_B,
+            pieces,
+        )
         return added.view(output.shape)
 
     def _dropout_mask(self, x: Tensor, rows: Sequence[tuple[int, int, int]]) -> Tensor:
@@ -120,12 +132,13 @@ class StackedLora(nn.Module):
         return mask
 
 
-class _ProductOfPieces(torch.autograd.Function):
+class _StackedProduct(torch.autograd.Function):
     """``output + B[k] A[k] x`` for the slot k of each piece: one node, gradients added where they belong.
 
-    Shapes: output [P, T, m], x [P, T, n], A [S, r, n], B [S, m, r]. A copy of A and B per piece costs r/T of what the
-    product itself moves, and needs no equal number of pieces per slot. The gradients of A and B go straight into
-    `into_A` and `into_B`, of their shapes: through autograd every batch would write and add whole stacks.
+    Shapes: output [P, T, m], x [P, T, n], A [S, r, n], B [S, m, r]; without P where one slot has all tokens, which are
+    plain products then. A copy of A and B per piece costs r/T of what the product itself moves, and needs no equal
+    number of pieces per slot. The gradients of A and B go straight into `into_A` and `into_B`, of their shapes: through
+    autograd every batch would write and add whole stacks.
     """
 
     @staticmethod
@@ -139,44 +152,20 @@ class _ProductOfPieces(torch.autograd.Function):
         into_B: Tensor,
         pieces: Pieces,
     ) -> Tensor:
-        a, b = lora_A.index_select(0, pieces.slots), lora_B.index_select(0, pieces.slots)
-        inner = torch.bmm(x, a.mT)
+        a, b = pieces.take(lora_A), pieces.take(lora_B)
+        inner = x @ a.mT
         ctx.save_for_backward(x, inner, a, b)
         ctx.pieces, ctx.into = pieces, (into_A, into_B)
-        return torch.baddbmm(output, inner, b.mT)
+        product = torch.addmm if x.dim() == 2 else torch.baddbmm
+        return product(output, inner, b.mT)
 
     @staticmethod
     def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor | None, ...]:
         (of_output,) = gradients
         x, inner, a, b = ctx.saved_tensors
         into_A, into_B = ctx.into
-        of_inner = torch.bmm(of_output, b)
-        ctx.pieces.add_by_slot(torch.bmm(of_inner.mT, x), into_A)
-        ctx.pieces.add_by_slot(torch.bmm(of_output.mT, inner), into_B)
-        of_x = torch.bmm(of_inner, a) if ctx.needs_input_grad[1] else None
-        return of_output, of_x, *[None] * 5
-
-
-class _ProductOfOne(torch.autograd.Function):
-    """The same where all pieces have one slot: output [N, m] and x [N, n] of all tokens, no copies of A and B."""
-
-    @staticmethod
-    def forward(
-        ctx: Any, output: Tensor, x: Tensor, lora_A: Tensor, lora_B: Tensor, into_A: Tensor, into_B: Tensor, slot: int
-    ) -> Tensor:
-        a, b = lora_A[slot], lora_B[slot]
-        inner = torch.mm(x, a.mT)
-        ctx.save_for_backward(x, inner, a, b)
-        ctx.into = into_A[slot], into_B[slot]
-        return torch.addmm(output, inner, b.mT)
-
-    @staticmethod
-    def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor | None, ...]:
-        (of_output,) = gradients
-        x, inner, a, b = ctx.saved_tensors
-        into_A, into_B = ctx.into
-        of_inner = torch.mm(of_output, b)
-        into_A.add_(torch.mm(of_inner.mT, x))
-        into_B.add_(torch.mm(of_output.mT, inner))
-        of_x = torch.mm(of_inner, a) if ctx.needs_input_grad[1] else None
+        of_inner = of_output @ b
+        ctx.pieces.add(of_inner.mT @ x, into_A)
+        ctx.pieces.add(of_output.mT @ inner, into_B)
+        of_x = of_inner @ a if ctx.needs_input_grad[1] else None
         return of_output, of_x, *[None] * 5

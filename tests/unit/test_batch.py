@@ -97,17 +97,20 @@ def test_a_base_that_leaks_between_packed_rows_is_not_packed(tiny_model_folder: 
     assert longest_packed(base) == np.inf
 
 
-@pytest.mark.parametrize("slots", [[0, 0, 2], [2, 0, 2, 1, 0], [3]])
+@pytest.mark.parametrize("slots", [[0, 0, 2], [2, 0, 2, 1, 0], [3], [1, 1]])
 def test_pieces_add_up_by_slot(slots: list[int]) -> None:
-    """And what is not finite stays with its slot."""
+    """Many adapters or one; and what is not finite stays with its slot."""
+    pieces = Pieces.of(slots, 4, CPU)
     parts = torch.randn(len(slots), 2, 3, generator=torch.Generator().manual_seed(0))
-    into = torch.ones(4, 2, 3)
-    Pieces.of(slots, 4, CPU).add_by_slot(parts, into)
     expected = torch.ones(4, 2, 3)
     for slot, part in zip(slots, parts, strict=True):
         expected[slot] += part
-    torch.testing.assert_close(into, expected)
+
+    def add(into: torch.Tensor) -> torch.Tensor:
+        pieces.add(parts if pieces.only_slot is None else parts.sum(0), into)
+        return into
+
+    assert pieces.only_slot == (slots[0] if len(set(slots)) == 1 else None)
+    torch.testing.assert_close(add(torch.ones(4, 2, 3)), expected)
     parts[0] = torch.nan
-    into = torch.zeros(4, 2, 3)
-    Pieces.of(slots, 4, CPU).add_by_slot(parts, into)
-    assert [bool(slot.isnan().any()) for slot in into] == [slot == slots[0] for slot in range(4)]
+    assert [bool(slot.isnan().any()) for slot in add(torch.zeros(4, 2, 3))] == [k == slots[0] for k in range(4)]
