@@ -70,6 +70,16 @@ def test_epochs_are_steps_of_the_client_s_own_size(tuned: list[TuningTask], stor
     assert parts == {"a": (18, 6, 42), "b": (6, 2, 14), "c": (6, 2, 14)}
 
 
+def test_who_has_most_steps_begins_first(tuned: list[TuningTask], store: ClientStore) -> None:
+    load_plugins()
+    config = RunConfig.model_validate({"client": {"local_epochs": 1, "batch_size": 1}})
+    clients = {"few": [ROW], "many": [ROW] * 9, "some": [ROW] * 3, "also few": [ROW]}
+    engine = simulation.Simulation(config, SimpleNamespace(max_slots=16), clients, store)  # pyright: ignore[reportArgumentType]
+    list(engine.run([ClientTask(name, 0, ADAPTER, 0) for name in clients]))
+    # The stand-in for the tuner takes the last task first.
+    assert [task.name for task in reversed(tuned)] == ["many", "some", "few", "also few"]
+
+
 def test_seeds_are_the_client_s_and_the_run_s(tuned: list[TuningTask], store: ClientStore) -> None:
     for round_index, seed in ((0, 0), (1, 0), (0, 1)):
         run(store, {"local_steps": 1}, round_index, seed)
