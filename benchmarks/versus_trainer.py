@@ -102,6 +102,7 @@ def measure(way: str, arguments: argparse.Namespace) -> dict[str, float]:
         f"adapter.alpha={2 * arguments.rank}",
         "client.local_steps=none",
         "client.local_epochs=1",
+        "client.moments=reset",
         f"client.batch_size={arguments.batch_size}",
         f"engine.device={arguments.device}",
         "rounds=1",
@@ -141,13 +142,19 @@ def run_fedit(config, base):
     from fedit.engines.client_store import ClientStore
     from fedit.engines.simulation import Simulation
     from fedit.interfaces import derive_rng
+    from fedit.memory import fit_memory
     from fedit.model import StackedModel
     from fedit.server import ServerState, run_round
 
     model = StackedModel(base, load_tokenizer(config.model.path), config.adapter)
     initial = model.fresh_adapter(derive_rng(0, "adapter"))
     store = ClientStore(Path(tempfile.mkdtemp()))
-    return lambda clients: run_round(config, Simulation(config, model, clients, store), ServerState(0, initial))
+
+    def round_of(clients):
+        fit_memory(model, config.engine, config.client, list(clients.values()))
+        return run_round(config, Simulation(config, model, clients, store), ServerState(0, initial))
+
+    return round_of
 
 
 def run_central(config, base):

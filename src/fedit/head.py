@@ -12,8 +12,8 @@ import torch
 from torch import Tensor, nn
 from torch.nn.functional import linear
 
-LOGITS_BYTES = {"cpu": 2**26, "cuda": 2**29}
-"""Of the float32 logits of a chunk, at most (one token may have more)."""
+LOGITS_BYTES = {"cpu": 2**23, "cuda": 2**29}
+"""Of the float32 logits of a chunk, at most (one token may have more). On a CPU they had better stay in its cache."""
 
 
 class FrozenHeadLoss(torch.autograd.Function):
@@ -30,15 +30,16 @@ class FrozenHeadLoss(torch.autograd.Function):
         of_hidden = torch.empty_like(hidden) if ctx.needs_input_grad[0] else None
         limit = LOGITS_BYTES.get(hidden.device.type, LOGITS_BYTES["cuda"])
         size = max(1, limit // (4 * len(weight)))
+        buffer = torch.empty(min(size, len(targets)), len(weight), dtype=precision, device=hidden.device)
         for start in range(0, len(targets), size):
             chunk = slice(start, start + size)
-            logits = linear(hidden[chunk], weight, bias).to(precision)
             index = targets[chunk, None]
-            total = logits.logsumexp(1, keepdim=True)
-            losses[chunk] = (total - logits.gather(1, index))[:, 0]
+            values = buffer[: len(index)].copy_(linear(hidden[chunk], weight, bias))
+            torch.log_softmax(values, 1, out=values)
+            losses[chunk] = -values.gather(1, index)[:, 0]
             if of_hidden is not None:
-                of_logits = logits.sub_(total).exp_()
-                of_logits.scatter_add_(1, index, torch.full_like(total, -1.0))
+                of_logits = values.exp_()
+                of_logits.scatter_add_(1, index, of_logits.new_full(index.shape, -1.0))
                 torch.mm(of_logits.to(weight.dtype), weight, out=of_hidden[chunk])
         if of_hidden is not None:
             ctx.save_for_backward(of_hidden)

@@ -20,7 +20,8 @@ from fedit.interfaces import EncodedExample, EngineError, Example, Turn
 from fedit.model import StackedModel
 
 FULL_BATCHES = 2
-"""Batches of tokens that the steps of all slots should fill: with more slots only the optimizer's state would grow."""
+"""Batches of tokens that a step of all slots should fill, for some to wait when others' last rows leave room: with more
+slots only the optimizer's state would grow."""
 SHARE = {"cpu": 0.5, "cuda": 0.9}
 """Of the machine's memory that is used, if the configuration does not say how much."""
 BACKWARD = 1.5
@@ -43,7 +44,7 @@ def fit_memory(
     frozen = [parameter for parameter in model.base.parameters() if not parameter.requires_grad]
     base = sum(tensor.numel() * tensor.element_size() for tensor in (*frozen, *model.base.buffers()))
     rows = [len(row) for client_rows in clients for row in client_rows]
-    step_tokens = client.batch_size * sum(rows) / len(rows)
+    step_tokens = sum(rows) / sum(-(-len(client_rows) // client.batch_size) for client_rows in clients)
     longest, most_tokens = max(rows), BATCH_TOKENS.get(kind, BATCH_TOKENS["cuda"])
     room = budget - base
     if engine.slots == "auto":

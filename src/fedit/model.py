@@ -174,10 +174,11 @@ class StackedModel:
             torch.cuda.empty_cache()
         _log.warning("Out of memory: going on from the last step with %d tokens at a time.", self.batch_tokens)
 
-    def take_gradients(self) -> Tensor:
+    def take_gradients(self, slots: slice = slice(None)) -> Tensor:
         """Return the gradients of `parameters` [S, d] that backward passes added up; to be set to zero once used."""
-        self._gradients[:, self._num_first_factors :] *= self.scaling[:, None]
-        return self._gradients
+        gradients = self._gradients[slots]
+        gradients[:, self._num_first_factors :] *= self.scaling[slots, None]
+        return gradients
 
     def _views(self, stack: Tensor) -> Iterator[tuple[StackedLora, tuple[Tensor, Tensor]]]:
         """Yield every layer with its A [S, r, n] and B [S, m, r] in a matrix of the layout of `parameters`."""

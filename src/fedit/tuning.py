@@ -1,15 +1,15 @@
 """Local tuning of many clients at once on the one resident base.
 
-A step takes the next batch of every live slot, puts the rows of all of them through the base together, in as few packed
-sequences as memory and caches allow, adds up the gradients, and moves every slot by its own AdamW step. The loss of a
-slot is the mean over the response tokens of its own batch, and rows do not see each other, so each client's gradients
-are exactly those of tuning it alone. A finished slot is refilled with the next task.
+A turn takes the next batch of as many live slots as one pass through the base holds, puts the rows of all of them
+through it together, and moves each of these slots by its own AdamW step. The loss of a slot is the mean over the
+response tokens of its own batch, and rows do not see each other, so each client's gradients are exactly those of tuning
+it alone. A finished slot is refilled with the next task.
 """
 
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 
 import numpy as np
@@ -73,6 +73,21 @@ class _Slot:
     step: int = 0
     losses: list[float] = field(default_factory=list)
     num_tokens: int = 0
+    batch: list[EncodedExample] = field(default_factory=list)
+    """Of the step to come"""
+
+    @property
+    def batch_tokens(self) -> int:
+        return sum(len(example) for example in self.batch)
+
+    @property
+    def steps_left(self) -> int:
+        return self.task.num_steps - self.step
+
+    def prepare(self, batch_size: int) -> None:
+        """Take the next step's batch from the client's walk through its rows."""
+        examples, step = self.task.examples, self.task.first_batch + self.step
+        self.batch = [examples[i] for i in batch_indices(len(examples), batch_size, step, self.task.seed)]
 
 
 def tune(
@@ -84,7 +99,7 @@ def tune(
 ) -> Iterator[TuningResult]:
     """Yield the result of every task as it finishes, training up to `num_slots` of them at the same time.
 
-    Overwrites the model's slots. `on_step` is told the tokens of each step. A task whose loss or gradient is not finite
+    Overwrites the model's slots. `on_step` is told the tokens of each turn. A task whose loss or gradient is not finite
     ends as a failure; the others are not touched by it.
     """
     queue = iter(tasks)
@@ -96,39 +111,47 @@ def tune(
             slot = _Slot(free.pop(0), task)
             model.write(slot.index, task.adapter)
             optimizer.start(slot.index, task.moments)
+            slot.prepare(config.batch_size)
             live.append(slot)
         if not live:
             return
-        finite = _step(model, optimizer, live, config, on_step)
-        for slot, healthy in zip(list(live), finite, strict=True):
-            if healthy and slot.step < slot.task.num_steps:
+        turn = _take_turn(live, model.batch_tokens)
+        finite = _step(model, optimizer, turn, config)
+        on_step(sum(slot.batch_tokens for slot in turn))
+        for slot, healthy in zip(turn, finite, strict=True):
+            if healthy and slot.steps_left:
+                slot.prepare(config.batch_size)
                 continue
             live.remove(slot)
             free.append(slot.index)
             yield _finish(model, optimizer, slot, healthy)
 
 
-def _step(
-    model: StackedModel,
-    optimizer: StackedAdamW,
-    live: Sequence[_Slot],
-    config: ClientConfig,
-    on_step: Callable[[int], None],
-) -> list[bool]:
-    """Train one step of every live slot; return which of them stayed finite."""
+def _take_turn(live: Sequence[_Slot], limit: int) -> list[_Slot]:
+    """Return the slots whose batches go through the base next, `limit` tokens of them, or one slot.
+
+    Who has most steps left comes first: left to the end, its steps would follow one another alone. All come to their
+    turn, since the others' steps left fall meanwhile.
+    """
+    turn, room = list[_Slot](), limit
+    for slot in sorted(live, key=lambda slot: -slot.steps_left):
+        if not turn or slot.batch_tokens <= room:
+            turn.append(slot)
+            room -= slot.batch_tokens
+    return turn
+
+
+def _step(model: StackedModel, optimizer: StackedAdamW, turn: Sequence[_Slot], config: ClientConfig) -> list[bool]:
+    """Train one step of the slots of a turn; return which of them stayed finite."""
     rows, examples, seeds = list[int](), list[EncodedExample](), list[int]()
     num_supervised = np.zeros(model.num_slots)
-    for slot in live:
+    for slot in turn:
         step = slot.task.first_batch + slot.step
-        for position, index in enumerate(
-            batch_indices(len(slot.task.examples), config.batch_size, step, slot.task.seed)
-        ):
-            example = slot.task.examples[index]
+        for position, example in enumerate(slot.batch):
             rows.append(slot.index)
             examples.append(example)
             seeds.append(derive_seed(slot.task.seed, "dropout", step, position) if model.dropout else 0)
             num_supervised[slot.index] += example.num_supervised
-            slot.num_tokens += len(example)
     weights = 1 / np.maximum(num_supervised, 1)
     losses, reason = None, ""
     try:
@@ -139,12 +162,12 @@ def _step(
         model.halve_batches(reason)
         losses = _add_gradients(model, rows, examples, seeds, weights)
     mean_losses = (losses * weights).tolist()
-    norms = optimizer.step({slot.index: _learning_rate(config, slot) for slot in live})
-    on_step(sum(len(example) for example in examples))
-    for slot in live:
+    norms = optimizer.step({slot.index: _learning_rate(config, slot) for slot in turn})
+    for slot in turn:
         slot.step += 1
+        slot.num_tokens += slot.batch_tokens
         slot.losses.append(mean_losses[slot.index])
-    return [math.isfinite(mean_losses[slot.index]) and math.isfinite(norms[slot.index]) for slot in live]
+    return [math.isfinite(mean_losses[slot.index]) and math.isfinite(norms[slot.index]) for slot in turn]
 
 
 def _add_gradients(
@@ -225,29 +248,43 @@ class StackedAdamW:
         return Moments(self._first[slot].clone(), self._second[slot].clone(), int(self._steps[slot]))
 
     @torch.no_grad()
-    def step(self, learning_rates: dict[int, float]) -> list[float]:
+    def step(self, learning_rates: Mapping[int, float]) -> dict[int, float]:
         """Move the slots that have a learning rate along the model's gradients, and set these to zero.
 
         Returns:
-            Every slot's gradient norm before clipping.
+            The gradient norm of each, before clipping.
         """
-        gradients, parameters = self._model.take_gradients(), self._model.parameters
-        live = sorted(learning_rates)
-        self._steps[live] += 1
+        norms = {}
+        for slots in _runs(sorted(learning_rates)):
+            members = range(slots.start, slots.stop)
+            rates = np.asarray([learning_rates[slot] for slot in members])
+            norms |= dict(zip(members, self._step_run(slots, rates), strict=True))
+        return norms
+
+    def _step_run(self, slots: slice, rates: np.ndarray) -> list[float]:
+        gradients, parameters = self._model.take_gradients(slots), self._model.parameters[slots]
+        first, second = self._first[slots], self._second[slots]
+        self._steps[slots] += 1
+        steps = self._steps[slots]
         norms = gradients.norm(dim=1)
         if self._clip_norm is not None:
             gradients.mul_((self._clip_norm / (norms + 1e-6)).clamp(max=1.0)[:, None])
-        self._first.lerp_(gradients, 1 - BETA1)
-        self._second.mul_(BETA2).addcmul_(gradients, gradients, value=1 - BETA2)
-        rates, steps = np.zeros(len(self._steps)), np.maximum(self._steps, 1)
-        rates[live] = [learning_rates[slot] for slot in live]
+        first.lerp_(gradients, 1 - BETA1)
+        second.mul_(BETA2).addcmul_(gradients, gradients, value=1 - BETA2)
         if self._weight_decay:
             parameters.mul_(self._column(1 - rates * self._weight_decay))
-        denominator = self._second.sqrt().div_(self._column(np.sqrt(1 - BETA2**steps))).add_(EPSILON)
-        parameters.addcdiv_(self._first * self._column(-rates / (1 - BETA1**steps)), denominator)
-        self._model.parameters_changed()
+        denominator = second.sqrt().div_(self._column(np.sqrt(1 - BETA2**steps))).add_(EPSILON)
+        parameters.addcdiv_(first * self._column(-rates / (1 - BETA1**steps)), denominator)
+        self._model.parameters_changed(slots)
         gradients.zero_()
         return norms.tolist()
 
     def _column(self, values: np.ndarray) -> torch.Tensor:
         return torch.from_numpy(values).to(self._first)[:, None]
+
+
+def _runs(slots: Sequence[int]) -> list[slice]:
+    """Return slices of neighbours that cover the ascending `slots`: their rows of a stack are views of it."""
+    starts = [slot for i, slot in enumerate(slots) if i == 0 or slots[i - 1] != slot - 1]
+    ends = [slot + 1 for i, slot in enumerate(slots) if i + 1 == len(slots) or slots[i + 1] != slot + 1]
+    return [slice(start, end) for start, end in zip(starts, ends, strict=True)]

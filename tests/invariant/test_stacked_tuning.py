@@ -164,6 +164,26 @@ def test_results_do_not_depend_on_slots_nor_on_how_the_base_is_run(tiny_model_fo
             assert relative_error(other[name], tensors, start[name]) < 1e-9
 
 
+@pytest.mark.parametrize(("clients", "rows"), [(60, 5), (4, 60)])
+def test_many_small_clients_and_few_large_ones_fill_the_batches(
+    tiny_model_folder: Path, monkeypatch: pytest.MonkeyPatch, clients: int, rows: int
+) -> None:
+    """Every client's last batch is small, and all begin together: others step in."""
+    model = load(tiny_model_folder, AdapterConfig(rank=2, alpha=4))
+    measured, sizes = StackedModel.token_losses, list[int]()
+
+    def token_losses(self: StackedModel, batch: Batch) -> tuple[Tensor, Tensor]:
+        sizes.append(sum(length for _, length in batch.rows))
+        return measured(self, batch)
+
+    monkeypatch.setattr(StackedModel, "token_losses", token_losses)
+    model.batch_tokens = 200
+    tasks = [make_task(model, seed, rows, 2, num_steps=-(-rows // CONFIG.batch_size)) for seed in range(clients)]
+    assert len(list(tune(model, tasks, CONFIG, 8))) == clients
+    assert np.mean(sizes) > 0.8 * 200
+    assert max(sizes) <= 200
+
+
 def test_an_example_can_be_a_slot_of_its_own(tiny_model_folder: Path) -> None:
     """Gradients example by example, in one pass, equal autograd's of each alone: what DP-SGD clips."""
     model = load(tiny_model_folder, AdapterConfig(rank=6, alpha=12), torch.float64)
@@ -195,13 +215,17 @@ def test_an_example_can_be_a_slot_of_its_own(tiny_model_folder: Path) -> None:
         torch.testing.assert_close(got[slot], flat, rtol=1e-7, atol=1e-12)
 
 
+@pytest.mark.parametrize("failing_call", [4, 5])
 def test_out_of_memory_halves_the_batches_once(
-    tiny_model_folder: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+    tiny_model_folder: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture, failing_call: int
 ) -> None:
-    """In the middle of a step: what was added up is dropped, and the step is taken again. Not a second time."""
+    """In the middle of a step: what was added up is dropped, and the step is taken again. Not a second time.
+
+    Each step is of two batches here.
+    """
     plain = load(tiny_model_folder, AdapterConfig(rank=6, alpha=12), torch.float64)
     expected = {result.task.name: result.adapter.tensors for result in tune(plain, make_tasks(plain), CONFIG, 5)}
-    measured, failing, calls = StackedModel.token_losses, {7}, iter(range(1000))
+    measured, failing, calls = StackedModel.token_losses, {failing_call}, iter(range(1000))
 
     def token_losses(self: StackedModel, batch: Batch) -> tuple[Tensor, Tensor]:
         if next(calls) in failing:
@@ -210,14 +234,14 @@ def test_out_of_memory_halves_the_batches_once(
 
     monkeypatch.setattr(StackedModel, "token_losses", token_losses)
     model = load(tiny_model_folder, AdapterConfig(rank=6, alpha=12), torch.float64)
-    model.batch_tokens = 100
+    model.batch_tokens = 40
     results = {result.task.name: result for result in tune(model, make_tasks(model), CONFIG, 5)}
-    assert model.batch_tokens == 50
-    assert "going on from the last step with 50 tokens" in caplog.text
+    assert model.batch_tokens == 20
+    assert "going on from the last step with 20 tokens" in caplog.text
     for name, result in results.items():
         assert relative_error(result.adapter.tensors, expected[name], result.task.adapter.tensors) < 1e-9
     failing.update(range(1000))
-    with pytest.raises(EngineError, match="Out of memory again with 50 tokens"):
+    with pytest.raises(EngineError, match="Out of memory again with 20 tokens"):
         list(tune(model, make_tasks(model), CONFIG, 5))
 
 
