@@ -6,13 +6,12 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 import torch
-from safetensors.torch import load_file
 
 from fedit.base import load_base, load_tokenizer, resolve_device
 from fedit.config import RunConfig
 from fedit.data import encode_prompt
-from fedit.export import PEFT_PREFIX
-from fedit.interfaces import Adapter, DataError, EngineError, Example, Turn
+from fedit.export import load_adapter
+from fedit.interfaces import DataError, Example, Turn
 from fedit.model import StackedModel
 
 if TYPE_CHECKING:
@@ -29,7 +28,9 @@ class Conversation:
         self._turns: list[Turn] = []
         self._model = StackedModel(load_base(config.model, device), load_tokenizer(config.model.path), config.adapter)
         if adapter_folder is not None:
-            self._model.write(0, load_adapter(adapter_folder, config))
+            adapter = load_adapter(adapter_folder, config)
+            self._model.set_side(adapter.side)
+            self._model.write(0, adapter)
 
     def clear(self) -> None:
         """Forget the turns so far."""
@@ -58,12 +59,3 @@ class Conversation:
             if not self._turns:
                 raise DataError(f"The question has {len(prompt)} tokens; the model's context is {context}. Shorten it.")
             del self._turns[0]
-
-
-def load_adapter(folder: Path, config: RunConfig) -> Adapter:
-    """Return the adapter of a run's ``adapter/`` folder; raise EngineError where there is none yet."""
-    file = folder / "adapter_model.safetensors"
-    if not file.is_file():
-        raise EngineError(f"{folder} holds no adapter. The run writes it when its last round is done.")
-    tensors = {name.removeprefix(PEFT_PREFIX): tensor for name, tensor in load_file(file).items()}
-    return Adapter(tensors, config.adapter.max_rank, config.adapter.alpha)

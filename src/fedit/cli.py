@@ -11,6 +11,7 @@ from collections.abc import Sequence
 from dataclasses import asdict
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
+from urllib.parse import unquote
 
 from cyclopts import App, Parameter
 from rich.console import Console
@@ -18,7 +19,7 @@ from rich.table import Table
 from rich.text import Text
 
 from fedit.config import DType, RunConfig, load_config, load_plugins, parse_config
-from fedit.interfaces import ConfigError, DataError, FeditError, plugin_kinds, plugins
+from fedit.interfaces import ConfigError, DataError, FeditError, did_you_mean, plugin_kinds, plugins
 
 if TYPE_CHECKING:
     from fedit.prepare import FederatedData
@@ -141,16 +142,36 @@ def report(folder: Path, /) -> None:
     _say(f"Report: {write_report(folder)}")
 
 
+Client = Annotated[str | None, Parameter(help="Whose model, where the aggregation leaves each client its own")]
+
+
+def _adapter_folder(folder: Path, client: str | None) -> Path:
+    """Return the folder of the run's adapter, or of a client's own."""
+    from fedit.files import folder_name
+
+    own = sorted(unquote(item.name) for item in (folder / "adapters").glob("*"))
+    if client is None and not own:
+        return folder / "adapter"
+    if client not in own:
+        what = "one model for all clients" if not own else f"a model for each client. {did_you_mean(client or '', own)}"
+        raise ConfigError(f"--client {client or '(not given)'}: {folder} holds {what}")
+    return folder / "adapters" / folder_name(client)
+
+
 @app.command
 def export(
-    folder: Path, /, *, merged: Annotated[Path, Parameter(help="The folder for base + adapter as one ordinary model")]
+    folder: Path,
+    /,
+    *,
+    merged: Annotated[Path, Parameter(help="The folder for base + adapter as one ordinary model")],
+    client: Client = None,
 ) -> None:
     """Merge a run's adapter into its base (the adapter alone is in FOLDER/adapter already)."""
     config = _run_config(folder)
     _quiet()
     from fedit.export import save_merged
 
-    save_merged(folder / "adapter", merged, config.model.path)
+    save_merged(_adapter_folder(folder, client), merged, config.model.path)
     _say(f"Merged model: {merged}")
 
 
@@ -160,6 +181,7 @@ def chat(
     /,
     *,
     base: Annotated[bool, Parameter(negative="", help="Talk to the untuned base instead")] = False,
+    client: Client = None,
     max_new_tokens: int = 256,
 ) -> None:
     """Talk to a run's federated model on the terminal. /new starts over, /quit (or Ctrl-D) ends."""
@@ -167,7 +189,7 @@ def chat(
     _quiet()
     from fedit.chat import Conversation
 
-    conversation = Conversation(config, None if base else folder / "adapter", max_new_tokens)
+    conversation = Conversation(config, None if base else _adapter_folder(folder, client), max_new_tokens)
     while True:
         try:
             line = console.input("[bold]> [/bold]").strip()

@@ -29,9 +29,9 @@ from fedit.config import RunConfig
 from fedit.engines.client_store import ClientStore
 from fedit.engines.simulation import Simulation
 from fedit.evaluation.heldout import mean_loss, predict
-from fedit.evaluation.metrics import Prediction, summarise
+from fedit.evaluation.metrics import PERSONAL_PREFIX, Prediction, summarise
 from fedit.export import save_adapter
-from fedit.files import append_line, keep_lines, write_atomically, write_json
+from fedit.files import append_line, folder_name, keep_lines, write_atomically, write_json
 from fedit.interfaces import Adapter, ConfigError, DataError, EncodedExample, EngineError, derive_rng
 from fedit.memory import fit_memory
 from fedit.model import StackedModel
@@ -118,10 +118,14 @@ def run_experiment(
     _start_folder(folder, data, describe_run(config, model, digest, recipe, plugin_files))
     run = _Run(config, folder, data, model, model.fresh_adapter(derive_rng(config.seed, "adapter")), notify)
 
-    federated = _federated(run)
-    save_adapter(federated, config, model, folder / "adapter")
+    federated, personal = _federated(run)
+    if not personal:
+        save_adapter(federated, config, model, folder / "adapter")
+    for client, adapter in personal.items():
+        save_adapter(adapter, config, model, folder / "adapters" / folder_name(client))
     num_tokens = sum(line["tokens"] for line in RunFolder.read(folder).rounds)
-    trained = Trained({"federated": federated}, {"base": 0, "federated": num_tokens})
+    models = {PERSONAL_PREFIX + client: adapter for client, adapter in personal.items()} or {"federated": federated}
+    trained = Trained(models, {"base": 0} | dict.fromkeys(models, num_tokens))
     if config.evaluation.baselines:
         trained |= _baseline(run, "local", local_tasks(config, data, run.initial), num_tokens)
         trained |= _baseline(run, "central", [central_task(config, data, run.initial, num_tokens)], num_tokens)
@@ -131,8 +135,10 @@ def run_experiment(
     return RunFolder.read(folder)
 
 
-def _federated(run: _Run) -> Adapter:
-    """Train the rounds that are not saved yet; return the global adapter."""
+def _federated(run: _Run) -> tuple[Adapter, dict[str, Adapter]]:
+    """Train the rounds that are not saved yet; return the global adapter, and the models of clients with factors of
+    their own.
+    """
     config, checkpoints, rounds = run.config, run.folder / "checkpoints", run.folder / "rounds.jsonl"
     state = load_state(checkpoints) or ServerState(0, run.initial)
     keep_lines(rounds, state.round_index)
@@ -143,7 +149,8 @@ def _federated(run: _Run) -> Adapter:
         timing = watch.lap(record.tokens)
         every = config.evaluation.every
         if state.round_index == config.rounds or (every and state.round_index % every == 0):
-            loss = mean_loss(run.model, state.adapter, run.data.test)
+            models = list(engine.personal(state.adapter, state.round_index).values()) or [state.adapter]
+            loss = mean_loss(run.model, models, run.data.test)
             record = replace(record, test_loss=loss if math.isfinite(loss) else None)
         # The line comes first: a line without its checkpoint is dropped on resume, the reverse could not be mended.
         append_line(rounds, asdict(record))
@@ -152,11 +159,12 @@ def _federated(run: _Run) -> Adapter:
         run.notify(RoundFinished(record, timing["seconds"], config.rounds))
         watch.lap(0)  # evaluating and saving belong to no round's tokens per second
 
+    engine = Simulation(config, run.model, run.data.clients, ClientStore(run.folder / "clients"), run.step_done)
     share = config.cohort.num_sampled(len(run.data.clients)) / len(run.data.clients)
     per_round = share * sum(_round_tokens(config, examples) for examples in run.data.clients.values())
     run.notify(PhaseStarted("federated", round((config.rounds - state.round_index) * per_round)))
-    engine = Simulation(config, run.model, run.data.clients, ClientStore(run.folder / "clients"), run.step_done)
-    return train(config, engine, state, finish_round).adapter
+    adapter = train(config, engine, state, finish_round).adapter
+    return adapter, engine.personal(adapter, config.rounds)
 
 
 def _baseline(run: _Run, phase: str, tasks: Sequence[TuningTask], num_tokens: int) -> Trained:

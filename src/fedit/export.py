@@ -5,25 +5,36 @@ from __future__ import annotations
 import json
 import shutil
 import warnings
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
+from typing import TYPE_CHECKING, Any
 
 from peft import LoraConfig, PeftModel, TaskType
-from safetensors.torch import save
+from safetensors.torch import load_file, save
 from transformers import AutoModelForCausalLM
 
 from fedit.base import load_tokenizer, resolve_path
 from fedit.config import RunConfig
 from fedit.files import write_atomically
 from fedit.interfaces import Adapter, EngineError, FeditError
+from fedit.lowrank import LowRank
 from fedit.model import StackedModel
+
+if TYPE_CHECKING:
+    from torch import Tensor
 
 PEFT_PREFIX = "base_model.model."
 
 
+SIDE_FOLDER = "side"
+
+
 def save_adapter(adapter: Adapter, config: RunConfig, model: StackedModel, folder: Path) -> None:
-    """Write `adapter` so that ``PeftModel.from_pretrained(base, folder)`` loads it; its tokenizer lies beside it."""
+    """Write `adapter` so that ``PeftModel.from_pretrained(base, folder)`` loads it; its tokenizer lies beside it.
+
+    Its side, if it has one, is a second PEFT adapter in ``folder/side``, to be used together with the first.
+    """
     described = LoraConfig(
         base_model_name_or_path=resolve_path(config.model.path),
         task_type=TaskType.CAUSAL_LM,
@@ -40,8 +51,49 @@ def save_adapter(adapter: Adapter, config: RunConfig, model: StackedModel, folde
         folder.mkdir(parents=True, exist_ok=True)
         model.tokenizer.save_pretrained(folder)
     text = json.dumps(described, indent=2, sort_keys=True, default=str)
+    if adapter.side:
+        _save_side(adapter.side, described, folder / SIDE_FOLDER)
     write_atomically(folder / "adapter_config.json", text.encode())
     write_atomically(folder / "adapter_model.safetensors", save(tensors, {"format": "pt"}))
+
+
+def _save_side(side: Mapping[str, LowRank], described: Mapping[str, Any], folder: Path) -> None:
+    """Write it as a LoRA adapter of a rank for each module, with a scaling of 1."""
+    ranks = {module: matrix.rank for module, matrix in side.items()}
+    largest = max(ranks.values())
+    config = {
+        **described,
+        "r": largest,
+        "lora_alpha": largest,
+        "rank_pattern": ranks,
+        "alpha_pattern": ranks,
+        "target_modules": sorted(side),
+    }
+    tensors = {}
+    for module, matrix in side.items():
+        tensors[f"{PEFT_PREFIX}{module}.lora_A.weight"] = matrix.a.contiguous()
+        tensors[f"{PEFT_PREFIX}{module}.lora_B.weight"] = matrix.b.contiguous()
+    with _refusals(folder):
+        folder.mkdir(parents=True, exist_ok=True)
+    write_atomically(folder / "adapter_config.json", json.dumps(config, indent=2, sort_keys=True, default=str).encode())
+    write_atomically(folder / "adapter_model.safetensors", save(tensors, {"format": "pt"}))
+
+
+def load_adapter(folder: Path, config: RunConfig) -> Adapter:
+    """Return the adapter that `save_adapter` wrote; raise EngineError where there is none yet."""
+    file = folder / "adapter_model.safetensors"
+    if not file.is_file():
+        raise EngineError(f"{folder} holds no adapter. The run writes it when its last round is done.")
+    tensors = _peft_tensors(file)
+    side_file = folder / SIDE_FOLDER / "adapter_model.safetensors"
+    of_side = _peft_tensors(side_file) if side_file.is_file() else {}
+    modules = [name.removesuffix(".lora_A.weight") for name in of_side if name.endswith(".lora_A.weight")]
+    side = {m: LowRank(of_side[f"{m}.lora_B.weight"], of_side[f"{m}.lora_A.weight"]) for m in modules}
+    return Adapter(tensors, config.adapter.max_rank, config.adapter.alpha, side)
+
+
+def _peft_tensors(file: Path) -> dict[str, Tensor]:
+    return {name.removeprefix(PEFT_PREFIX): tensor for name, tensor in load_file(file).items()}
 
 
 def save_merged(adapter_folder: Path, target: Path, base_path: str) -> None:
@@ -62,7 +114,12 @@ def save_merged(adapter_folder: Path, target: Path, base_path: str) -> None:
     with warnings.catch_warnings():
         # PEFT asks for an attribute that transformers is about to drop.
         warnings.filterwarnings("ignore", "`is_gradient_checkpointing` is deprecated", FutureWarning)
-        merged = PeftModel.from_pretrained(base.float(), adapter_folder).merge_and_unload()
+        tuned = PeftModel.from_pretrained(base.float(), adapter_folder)
+        names = ["default"]
+        if (adapter_folder / SIDE_FOLDER).is_dir():
+            names.append(SIDE_FOLDER)
+            tuned.load_adapter(str(adapter_folder / SIDE_FOLDER), SIDE_FOLDER)
+        merged = tuned.merge_and_unload(adapter_names=names)
     partial = target.with_name(f".{target.name}.partial")
     try:
         with _refusals(target):

@@ -8,6 +8,7 @@ from collections.abc import Mapping
 from contextlib import suppress
 from pathlib import Path
 from typing import Any
+from urllib.parse import quote
 
 from fedit.interfaces import FeditError
 
@@ -73,3 +74,8 @@ def _unwritable(path: Path, error: OSError) -> FeditError:
         f"{path} could not be written: {error.strerror}. What was saved before is intact: make room or mend the "
         "permissions, and go on."
     )
+
+
+def folder_name(client: str) -> str:
+    """Return a folder's name for a client, percent-encoded, dots too: a client named ".." stays where it belongs."""
+    return quote(client, safe="").replace(".", "%2E")

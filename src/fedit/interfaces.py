@@ -7,14 +7,14 @@ Randomness, one source:  derive_rng(seed, purpose, ...)
 
 An adapter tensor is named as PEFT names it, without PEFT's prefix: ``<module>.lora_A.weight`` is A [r, n] and
 ``<module>.lora_B.weight`` is B [m, r] for a linear layer of n inputs and m outputs. The adapted layer computes
-``W0 x + (lora_alpha / rank) B A x``.
+``W0 x + (lora_alpha / rank) B A x``; ``lora_A`` and ``lora_B`` are the two factors.
 """
 
 from __future__ import annotations
 
 import difflib
 import hashlib
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any, ClassVar, Protocol, Self
 
@@ -26,6 +26,7 @@ if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
     from fedit.config import RunConfig
+    from fedit.lowrank import LowRank
 
 
 # ---------------------------------------------------------------------------------------------------------- errors
@@ -139,6 +140,14 @@ class Segment:
 # --------------------------------------------------------------------------------------------------- what travels
 
 
+FACTORS = ("lora_A", "lora_B")
+
+
+def factor_of(name: str) -> str:
+    """Return which factor a tensor is, e.g. ``lora_B`` for ``model.layers.0.q_proj.lora_B.weight``."""
+    return name.rsplit(".", 2)[-2]
+
+
 @dataclass(frozen=True, slots=True, eq=False)
 class Adapter:
     """LoRA tensors (float32, CPU) by name; also the shape of an update, the difference of two adapters."""
@@ -146,6 +155,10 @@ class Adapter:
     tensors: Mapping[str, Tensor]
     rank: int
     lora_alpha: float
+    side: Mapping[str, LowRank] = field(default_factory=dict)
+    """What rules that keep more than `rank` components leave beside it, by module: a frozen change of the base, which
+    is never folded into the weights (in bfloat16 they would swallow small steps). The adapted layer adds its product,
+    without a scaling. Empty for most rules."""
 
     @property
     def scaling(self) -> float:
@@ -164,10 +177,14 @@ class Adapter:
             name: factor * (tensor[:rank] if name.endswith(".lora_A.weight") else tensor[:, :rank])
             for name, tensor in self.tensors.items()
         }
-        return Adapter(tensors, rank, self.lora_alpha)
+        return Adapter(tensors, rank, self.lora_alpha, self.side)
 
     def with_tensors(self, tensors: Mapping[str, Tensor]) -> Adapter:
-        return Adapter(tensors, self.rank, self.lora_alpha)
+        return Adapter(tensors, self.rank, self.lora_alpha, self.side)
+
+    def only(self, factors: Collection[str]) -> dict[str, Tensor]:
+        """Return the tensors of some factors."""
+        return {name: tensor for name, tensor in self.tensors.items() if factor_of(name) in factors}
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -188,13 +205,15 @@ class ClientUpdate:
 
     client: str
     update: Adapter
-    """tuned adapter - received adapter"""
+    """tuned adapter - received adapter, the tensors that the aggregation shares in this round"""
     num_examples: int
     """Rows the client holds (the weight of FedAvg)."""
     num_tokens: int
     """Tokens trained on in this round, without padding, repeated passes counted."""
     loss: float
     """Mean training loss per response token over the round's steps, nats."""
+    num_steps: int
+    """Optimizer steps taken in this round."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -210,7 +229,12 @@ class Aggregate:
     """What an aggregation made of a round's updates."""
 
     delta: Mapping[str, Tensor]
-    """The pseudo-gradient by tensor name, float64: what the server optimizer adds to the global adapter."""
+    """The pseudo-gradient by tensor name, float64: what the server optimizer adds to the global adapter. A tensor that
+    is left out stays as it is."""
+    side_step: Mapping[str, LowRank] = field(default_factory=dict)
+    """What is added to the adapter's side; all clients have to be sent it"""
+    replaces_side: bool = False
+    """Whether `side_step` takes the place of the side instead"""
     metrics: Mapping[str, float] = field(default_factory=dict)
     """``aggregation_loss``: ||M - what was kept||_F / ||M||_F over all layers, with M = sum_k p_k s_k B_k A_k"""
 
@@ -327,10 +351,29 @@ class Aggregation(Plugin):
     mixed_ranks: ClassVar[bool] = False
     """Whether clients may train adapters of different ranks."""
     refactors: ClassVar[bool] = False
-    """Whether A and B come back in another basis, so that no server state may refer to the old one."""
+    """Whether A and B come back in another basis, so that no state may refer to the old one."""
+    keeps_side: ClassVar[bool] = False
+    """Whether part of what was learned goes beside the adapter, so that only the whole step means anything."""
+    rotation_invariant: ClassVar[bool] = False
+    """Whether a client may turn its factors, (B Q, Q^T A) with orthogonal Q, without changing what comes out."""
 
-    def aggregate(self, adapter: Adapter, updates: Iterable[ClientUpdate]) -> Aggregate:
-        """Combine a round's updates to the global `adapter`; consumes `updates` one by one."""
+    def trained(self, round_index: int) -> Collection[str]:
+        """Return the factors that clients train in a round."""
+        return FACTORS
+
+    def shared(self, round_index: int) -> Collection[str]:
+        """Return those of them that travel. The rest is each client's own and stays with it."""
+        return self.trained(round_index)
+
+    def returned(self, round_index: int) -> Collection[str]:
+        """Return the factors whose new values clients must be sent once a round is aggregated."""
+        return self.shared(round_index)
+
+    def aggregate(self, adapter: Adapter, updates: Iterable[ClientUpdate], rng: np.random.Generator) -> Aggregate:
+        """Combine a round's updates to the global `adapter`; consumes `updates` one by one.
+
+        `rng` is of this round alone, for rules that draw.
+        """
         raise NotImplementedError
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import zlib
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -77,13 +78,14 @@ class StackedLora(nn.Module):
     """A frozen linear layer plus ``s_k B_k A_k x`` for the slot k of each piece of x [..., n].
 
     `lora_A` [S, r, n] holds the A_k and `lora_B` [S, m, r] the s_k B_k, both in the precision of the activations;
-    `gradient_A` and `gradient_B` collect the gradients of just these. All four are views of the model's stacks.
+    `gradient_A` and `gradient_B` collect the gradients of just these, None where they are not wanted. All four are
+    views of the model's stacks. `side` are factors to multiply x by in turn and add, the same for all slots.
     """
 
     lora_A: nn.Parameter
     lora_B: nn.Parameter
-    gradient_A: Tensor
-    gradient_B: Tensor
+    gradient_A: Tensor | None
+    gradient_B: Tensor | None
 
     def __init__(self, name: str, base: nn.Module, routing: Routing, dropout: float) -> None:
         super().__init__()
@@ -93,9 +95,12 @@ class StackedLora(nn.Module):
         self._routing = routing
         self._dropout = dropout
         self._salt = zlib.crc32(name.encode())
+        self.side: Sequence[Tensor] = ()
 
     def forward(self, x: Tensor) -> Tensor:
         output = self.base(x)
+        if self.side:
+            output = output + functools.reduce(torch.matmul, self.side, x)
         routing = self._routing
         pieces = routing.pieces
         if pieces is None:
@@ -148,8 +153,8 @@ class _StackedProduct(torch.autograd.Function):
         x: Tensor,
         lora_A: Tensor,
         lora_B: Tensor,
-        into_A: Tensor,
-        into_B: Tensor,
+        into_A: Tensor | None,
+        into_B: Tensor | None,
         pieces: Pieces,
     ) -> Tensor:
         a, b = pieces.take(lora_A), pieces.take(lora_B)
@@ -165,7 +170,9 @@ class _StackedProduct(torch.autograd.Function):
         x, inner, a, b = ctx.saved_tensors
         into_A, into_B = ctx.into
         of_inner = of_output @ b
-        ctx.pieces.add(of_inner.mT @ x, into_A)
-        ctx.pieces.add(of_output.mT @ inner, into_B)
+        if into_A is not None:
+            ctx.pieces.add(of_inner.mT @ x, into_A)
+        if into_B is not None:
+            ctx.pieces.add(of_output.mT @ inner, into_B)
         of_x = of_inner @ a if ctx.needs_input_grad[1] else None
         return of_output, of_x, *[None] * 5

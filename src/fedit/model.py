@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import logging
 import math
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Collection, Iterator, Mapping, Sequence
 from typing import TYPE_CHECKING
 
 import numpy as np
@@ -24,8 +24,9 @@ from fedit.base import find_targets, is_linear
 from fedit.batch import BATCH_TOKENS, Batch, batches, longest_packed
 from fedit.config import AdapterConfig
 from fedit.head import FrozenHeadLoss, is_plain_head
-from fedit.interfaces import Adapter, EncodedExample, EngineError
+from fedit.interfaces import FACTORS, Adapter, EncodedExample, EngineError
 from fedit.lora import Pieces, Routing, StackedLora
+from fedit.lowrank import LowRank
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
@@ -75,6 +76,7 @@ class StackedModel:
         self.max_slots, self.batch_tokens = 16, BATCH_TOKENS.get(self.device.type, BATCH_TOKENS["cuda"])
         """Clients tuned at the same time, and tokens of a batch, at most; `fit_memory` chooses them."""
         self._has_halved = False
+        self._side: Mapping[str, LowRank] = {}
         self.processed_tokens = 0
         """Padding included, in all calls of `token_losses`; for whoever wants to know what padding costs."""
         self.allocate(1)
@@ -136,8 +138,16 @@ class StackedModel:
             return sorted(adapted)
         return endings
 
-    def allocate(self, num_slots: int) -> None:
-        """Make `num_slots` empty slots (B = A = 0: the base itself); whatever the slots held is gone."""
+    def columns(self, factors: Collection[str]) -> slice:
+        """Return the columns of `parameters` that hold some of the factors, which lie side by side."""
+        split = self._num_first_factors
+        return slice(0 if "lora_A" in factors else split, self.num_parameters if "lora_B" in factors else split)
+
+    def allocate(self, num_slots: int, trained: Collection[str] = FACTORS) -> None:
+        """Make `num_slots` empty slots (B = A = 0: the base itself); whatever the slots held is gone.
+
+        Gradients are collected for the factors in `trained` only.
+        """
         dtype = torch.promote_types(self.base.dtype, torch.float32)
         self.parameters = torch.zeros(num_slots, self.num_parameters, device=self.device, dtype=dtype)
         self._factors = list(self._views(self.parameters))
@@ -147,7 +157,32 @@ class StackedModel:
         for layer, factors in self._views(self._copies):
             layer.lora_A, layer.lora_B = (nn.Parameter(factor) for factor in factors)
         for layer, factors in self._views(self._gradients):
-            layer.gradient_A, layer.gradient_B = factors
+            wanted = [factor if name in trained else None for name, factor in zip(FACTORS, factors, strict=True)]
+            layer.gradient_A, layer.gradient_B = wanted
+
+    def set_side(self, side: Mapping[str, LowRank], *, shared: bool = False) -> None:
+        """Let all slots see the base with an adapter's side beside it; empty: the base as it is.
+
+        The weights stay: the layers multiply by the factors, or, where these would take longer, by their product.
+
+        Raises:
+            EngineError: it would change while it is `shared` with other slots, or does not fit the layers.
+        """
+        if side is self._side or not (side or self._side):
+            return
+        if shared:
+            raise EngineError("Adapters with different sides cannot share a pass through the base.")
+        unknown = side.keys() - {layer.name for layer in self.layers}
+        if unknown:
+            raise EngineError(f"The adapter's side has modules that are not adapted here, first {min(unknown)!r}.")
+        self._side = side
+        for layer in self.layers:
+            layer.side = ()
+            if (matrix := side.get(layer.name)) is not None and matrix.rank:
+                factors = [matrix.a.mT, matrix.b.mT]
+                if matrix.rank * (layer.num_inputs + layer.num_outputs) >= layer.num_inputs * layer.num_outputs:
+                    factors = [factors[0] @ factors[1]]
+                layer.side = [factor.to(self.device, self.base.dtype).contiguous() for factor in factors]
 
     @torch.no_grad()
     def parameters_changed(self, slots: slice = slice(None)) -> None:

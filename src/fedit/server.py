@@ -7,9 +7,8 @@ from __future__ import annotations
 
 import json
 import math
-from collections import Counter
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, field
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 
 import torch
@@ -20,7 +19,9 @@ from torch import Tensor
 from fedit.config import RunConfig
 from fedit.files import write_atomically
 from fedit.interfaces import (
+    FACTORS,
     Adapter,
+    Aggregate,
     ClientFailure,
     ClientTask,
     ClientUpdate,
@@ -28,6 +29,8 @@ from fedit.interfaces import (
     RoundError,
     derive_rng,
 )
+from fedit.lowrank import LowRank
+from fedit.wire import side_of, side_tensors, wire_size
 
 
 @dataclass(frozen=True, eq=False)
@@ -38,6 +41,8 @@ class ServerState:
     """Completed rounds."""
     adapter: Adapter
     optimizer_state: Mapping[str, Tensor] = field(default_factory=dict)
+    side_step_bytes: int = 0
+    """What the last round added to the adapter's side, or put in its place, as a message."""
 
 
 @dataclass(frozen=True)
@@ -82,19 +87,21 @@ def train(
 def run_round(config: RunConfig, engine: Engine, state: ServerState) -> tuple[ServerState, RoundRecord]:
     """Sample a cohort, let it tune, aggregate, move the global adapter."""
     cohort = sample_cohort(config, engine.client_ids(), state.round_index)
-    earlier = Counter(c for i in range(state.round_index) for c in sample_cohort(config, engine.client_ids(), i))
+    history = participation(config, engine.client_ids(), state.round_index)
     tasks = []
     for client in cohort:
         adapter = state.adapter.cut(client_rank(config, engine.client_ids(), client))
-        tasks.append(ClientTask(client, state.round_index, adapter, earlier[client]))
-    answers = _Answers(tasks)
+        tasks.append(ClientTask(client, state.round_index, adapter, len(history[client])))
+    answers = _Answers(tasks, config.aggregation.shared(state.round_index))
     updates = answers.updates(engine.run(tasks), config.cohort.min_updates)
-    result = config.aggregation.aggregate(state.adapter, updates)
+    rng = derive_rng(config.seed, "aggregation", state.round_index)
+    result = config.aggregation.aggregate(state.adapter, updates, rng)
     for _ in updates:  # what a rule leaves unread is counted all the same
         pass
     adapter, optimizer_state = config.server_optimizer.apply(state.adapter, result.delta, state.optimizer_state)
+    adapter = replace(adapter, side=next_side(state.adapter, result))
     update_norm = distance(adapter, state.adapter)
-    if not math.isfinite(update_norm):
+    if not math.isfinite(update_norm) or not all(math.isfinite(part.norm()) for part in adapter.side.values()):
         raise RoundError(
             f"Round {state.round_index + 1}: the new global adapter is not finite. Lower the rates of [client] or "
             "[server_optimizer]. The checkpoint of the round before is intact."
@@ -107,10 +114,21 @@ def run_round(config: RunConfig, engine: Engine, state: ServerState) -> tuple[Se
         update_norm=update_norm,
         aggregation_loss=result.metrics.get("aggregation_loss"),
         bytes_up=answers.bytes_up,
-        bytes_down=sum(wire_size(task.adapter) for task in tasks),
+        bytes_down=sum(download_size(config, state, task, history[task.client]) for task in tasks),
         tokens=answers.num_tokens,
     )
-    return ServerState(state.round_index + 1, adapter, optimizer_state), record
+    side_step_bytes = wire_size(side_tensors(result.side_step)) if result.side_step else 0
+    return ServerState(state.round_index + 1, adapter, optimizer_state, side_step_bytes), record
+
+
+def next_side(adapter: Adapter, result: Aggregate) -> dict[str, LowRank]:
+    """Return what lies beside the adapter after the round, float32; modules that nothing was added to keep theirs."""
+    side = {} if result.replaces_side else dict(adapter.side)
+    for module, step in result.side_step.items():
+        whole = (side[module] + step).compact() if module in side else step.compact()
+        if whole.rank:
+            side[module] = LowRank(whole.b.float(), whole.a.float())
+    return side
 
 
 def sample_cohort(config: RunConfig, client_ids: Sequence[str], round_index: int) -> list[str]:
@@ -118,6 +136,30 @@ def sample_cohort(config: RunConfig, client_ids: Sequence[str], round_index: int
     rng = derive_rng(config.seed, "cohort", round_index)
     chosen = rng.choice(len(client_ids), config.cohort.num_sampled(len(client_ids)), replace=False)
     return [client_ids[int(index)] for index in sorted(chosen)]
+
+
+def participation(config: RunConfig, client_ids: Sequence[str], round_index: int) -> dict[str, list[int]]:
+    """Return the rounds before `round_index` whose cohort each client was in."""
+    rounds: dict[str, list[int]] = {client: [] for client in client_ids}
+    for index in range(round_index):
+        for client in sample_cohort(config, client_ids, index):
+            rounds[client].append(index)
+    return rounds
+
+
+def download_size(config: RunConfig, state: ServerState, task: ClientTask, rounds: Sequence[int]) -> int:
+    """Return the bytes that a client needs to have the adapter of its task: what changed since its last round.
+
+    At its first contact it needs all that ever changes; what is frozen, or drawn anew, it draws from the seed.
+    """
+    since = range(rounds[-1], task.round_index) if rounds else range(task.round_index + 1)
+    factors = {factor for index in since for factor in config.aggregation.returned(index)}
+    size = wire_size(task.adapter.only(factors))
+    if task.adapter.side:
+        whole = wire_size(side_tensors(task.adapter.side))
+        was_there = bool(rounds) and rounds[-1] == task.round_index - 1
+        size += min(whole, state.side_step_bytes) if was_there else whole
+    return size
 
 
 def never_sampled(config: RunConfig, client_ids: Sequence[str]) -> list[str]:
@@ -137,6 +179,8 @@ class _Answers:
     """Lets the usable updates of a round through in client order and counts everything."""
 
     tasks: Sequence[ClientTask]
+    shared: Collection[str]
+    """The factors that clients send"""
     failures: dict[str, str] = field(default_factory=dict)
     loss_sum: float = 0.0
     num_tokens: int = 0
@@ -154,7 +198,7 @@ class _Answers:
             while task.client not in waiting and (result := next(results, None)) is not None:
                 waiting[result.client] = result
             result = waiting.pop(task.client, ClientFailure(task.client, "no answer"))
-            failure = result.reason if isinstance(result, ClientFailure) else unusable(task, result)
+            failure = result.reason if isinstance(result, ClientFailure) else unusable(task, result, self.shared)
             if failure is not None:
                 self.failures[task.client] = failure
                 continue
@@ -162,7 +206,7 @@ class _Answers:
             num_usable += 1
             self.loss_sum += result.loss * result.num_tokens
             self.num_tokens += result.num_tokens
-            self.bytes_up += wire_size(result.update)
+            self.bytes_up += wire_size(result.update.tensors)
             yield result
         if num_usable < min_updates:
             reasons = "; ".join(f"{client}: {reason}" for client, reason in self.failures.items())
@@ -172,9 +216,9 @@ class _Answers:
             )
 
 
-def unusable(task: ClientTask, result: ClientUpdate) -> str | None:
+def unusable(task: ClientTask, result: ClientUpdate, shared: Collection[str] = FACTORS) -> str | None:
     """Return why an update cannot be aggregated (names, shapes, values, counts), or None."""
-    expected = {name: tensor.shape for name, tensor in task.adapter.tensors.items()}
+    expected = {name: tensor.shape for name, tensor in task.adapter.only(shared).items()}
     got = {name: tensor.shape for name, tensor in result.update.tensors.items()}
     if got != expected:
         wrong = sorted(name for name in got.keys() | expected.keys() if got.get(name) != expected.get(name))
@@ -187,8 +231,9 @@ def unusable(task: ClientTask, result: ClientUpdate) -> str | None:
         return f"the update is not finite ({len(broken)} tensors, first {broken[0]})"
     if not math.isfinite(result.loss):
         return f"the training loss is not finite: {result.loss}"
-    if result.num_examples < 0 or result.num_tokens < 0:
-        return f"negative counts: num_examples {result.num_examples}, num_tokens {result.num_tokens}"
+    counts = {name: getattr(result, name) for name in ("num_examples", "num_tokens", "num_steps")}
+    if min(counts.values()) < 0:
+        return f"negative counts: {', '.join(f'{name} {count}' for name, count in counts.items())}"
     return None
 
 
@@ -196,18 +241,6 @@ def distance(left: Adapter, right: Adapter) -> float:
     """Return the L2 distance of two adapters' tensors."""
     squares = [(left.tensors[n].double() - right.tensors[n].double()).square().sum() for n in left.tensors]
     return float(torch.stack(squares).sum().sqrt())
-
-
-def wire_size(adapter: Adapter) -> int:
-    """Return the bytes of `adapter` as a safetensors file, header included."""
-    header, offset = {}, 0
-    for name in sorted(adapter.tensors):
-        tensor = adapter.tensors[name]
-        end = offset + tensor.nbytes
-        header[name] = {"dtype": "F32", "shape": list(tensor.shape), "data_offsets": [offset, end]}
-        offset = end
-    header_bytes = len(json.dumps(header, separators=(",", ":"), ensure_ascii=False).encode())
-    return 8 + -(-header_bytes // 8) * 8 + offset
 
 
 # ------------------------------------------------------------------------------------------------------ checkpoints
@@ -220,11 +253,13 @@ def save_state(state: ServerState, folder: Path, keep: int = 2) -> None:
         FeditError: it cannot be written (disk full, ...); the earlier checkpoints are intact.
     """
     tensors = {f"adapter/{name}": tensor for name, tensor in state.adapter.tensors.items()}
+    tensors |= {f"side/{name}": tensor for name, tensor in side_tensors(state.adapter.side).items()}
     tensors |= {f"optimizer/{name}": tensor for name, tensor in state.optimizer_state.items()}
     about = {
         "round_index": state.round_index,
         "rank": state.adapter.rank,
         "lora_alpha": state.adapter.lora_alpha,
+        "side_step_bytes": state.side_step_bytes,
         "order": list(tensors),  # the file sorts its tensors, and sums over them in another order have other bits
     }
     content = save({name: tensor.contiguous() for name, tensor in tensors.items()}, {"fedit": json.dumps(about)})
@@ -251,11 +286,12 @@ def load_state(folder: Path) -> ServerState | None:
         raise RoundError(
             f"The checkpoint {saved[-1]} is damaged ({error}). Delete it to go on from the one before."
         ) from error
-    adapter, optimizer = (
+    adapter, side, optimizer = (
         {name.removeprefix(prefix): tensor for name, tensor in tensors.items() if name.startswith(prefix)}
-        for prefix in ("adapter/", "optimizer/")
+        for prefix in ("adapter/", "side/", "optimizer/")
     )
-    return ServerState(about["round_index"], Adapter(adapter, about["rank"], about["lora_alpha"]), optimizer)
+    loaded = Adapter(adapter, about["rank"], about["lora_alpha"], side_of(side))
+    return ServerState(about["round_index"], loaded, optimizer, about["side_step_bytes"])
 
 
 def _checkpoints(folder: Path) -> list[Path]:

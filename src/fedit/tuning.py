@@ -9,14 +9,14 @@ it alone. A finished slot is refilled with the next task.
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 
 import numpy as np
 import torch
 
 from fedit.config import ClientConfig
-from fedit.interfaces import Adapter, EncodedExample, derive_rng, derive_seed
+from fedit.interfaces import FACTORS, Adapter, EncodedExample, derive_rng, derive_seed
 from fedit.model import StackedModel
 
 BETA1, BETA2, EPSILON = 0.9, 0.999, 1e-8
@@ -96,19 +96,24 @@ def tune(
     config: ClientConfig,
     num_slots: int,
     on_step: Callable[[int], None] = lambda num_tokens: None,
+    trained: Collection[str] = FACTORS,
 ) -> Iterator[TuningResult]:
     """Yield the result of every task as it finishes, training up to `num_slots` of them at the same time.
 
-    Overwrites the model's slots. `on_step` is told the tokens of each turn. A task whose loss or gradient is not finite
-    ends as a failure; the others are not touched by it.
+    Only the factors in `trained` move. Overwrites the model's slots. `on_step` is told the tokens of each turn. A task
+    whose loss or gradient is not finite ends as a failure; the others are not touched by it.
+
+    Raises:
+        EngineError: a task's adapter has another side than the first's; they share every pass through the base.
     """
     queue = iter(tasks)
-    model.allocate(num_slots)
-    optimizer = StackedAdamW(model, config)
+    model.allocate(num_slots, trained)
+    optimizer = StackedAdamW(model, config, trained)
     free, live = list(range(num_slots)), list[_Slot]()
     while True:
         while free and (task := next(queue, None)) is not None:
             slot = _Slot(free.pop(0), task)
+            model.set_side(task.adapter.side, shared=bool(live))
             model.write(slot.index, task.adapter)
             optimizer.start(slot.index, task.moments)
             slot.prepare(config.batch_size)
@@ -230,8 +235,9 @@ class StackedAdamW:
     One slot's numbers equal those of ``torch.nn.utils.clip_grad_norm_`` followed by ``torch.optim.AdamW``.
     """
 
-    def __init__(self, model: StackedModel, config: ClientConfig) -> None:
+    def __init__(self, model: StackedModel, config: ClientConfig, trained: Collection[str] = FACTORS) -> None:
         self._model = model
+        self._columns = model.columns(trained)
         self._weight_decay = config.weight_decay
         self._clip_norm = config.clip_norm
         self._first, self._second = torch.zeros_like(model.parameters), torch.zeros_like(model.parameters)
@@ -262,8 +268,9 @@ class StackedAdamW:
         return norms
 
     def _step_run(self, slots: slice, rates: np.ndarray) -> list[float]:
-        gradients, parameters = self._model.take_gradients(slots), self._model.parameters[slots]
-        first, second = self._first[slots], self._second[slots]
+        gradients = self._model.take_gradients(slots)[:, self._columns]
+        parameters = self._model.parameters[slots, self._columns]
+        first, second = self._first[slots, self._columns], self._second[slots, self._columns]
         self._steps[slots] += 1
         steps = self._steps[slots]
         norms = gradients.norm(dim=1)

@@ -39,8 +39,8 @@ class Patient(FedIT):
 
     name = "patient"
 
-    def aggregate(self, adapter, updates):
-        result = super().aggregate(adapter, updates)
+    def aggregate(self, adapter, updates, rng):
+        result = super().aggregate(adapter, updates, rng)
         first_round = all(not tensor.any() for name, tensor in adapter.tensors.items() if "lora_B" in name)
         while not first_round and Path(os.environ.get("HOLD", "none")).exists():
             time.sleep(0.01)
@@ -171,6 +171,26 @@ def test_killed_again_and_again(folder, fedit, uninterrupted, tmp_path) -> None:
         arguments = ["run", "--resume", str(run)]
     assert fedit(*arguments).status == 0
     assert_same_results(run, uninterrupted)
+
+
+@pytest.mark.parametrize("rule", ["fedsa-lora", "flora", "fedex-lora", "rolora", "fedit-plus"])
+def test_rules_that_keep_more_than_an_adapter(folder, fedit, tmp_path, rule: str) -> None:
+    """Clients' own factors, what lies beside the adapter, and factors in turn: killed twice, and the same bytes."""
+    chosen = ["aggregation.name=" + rule, "server_optimizer.name=fedavg", "client.moments=reset"]
+    options = [part for option in (*chosen, "evaluation.baselines=false") for part in ("-o", option)]
+    assert fedit(*start(folder, tmp_path / "whole", *options)).status == 0
+    run = tmp_path / "run"
+    assert fedit(*start(folder, run, *options), kill="between line and checkpoint").status == -signal.SIGKILL
+    assert fedit("run", "--resume", run, kill="before the adapter").status == -signal.SIGKILL
+    resumed = fedit("run", "--resume", run)
+    assert resumed.status == 0, resumed.output
+
+    def written(folder: Path) -> dict[str, bytes]:
+        files = [*folder.rglob("*.safetensors"), *folder.glob("*.jsonl"), folder / "evaluation.json"]
+        return {str(f.relative_to(folder)): f.read_bytes() for f in files if f.name != "timings.jsonl"}
+
+    got, expected = written(run), written(tmp_path / "whole")
+    assert [name for name in expected if got.get(name) != expected[name]] == []
 
 
 def test_killed_before_there_is_a_run(folder, fedit, uninterrupted, tmp_path) -> None:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
 
@@ -17,7 +17,8 @@ from fedit.base import load_base, load_tokenizer
 from fedit.batch import Batch
 from fedit.config import AdapterConfig, ClientConfig, ModelConfig
 from fedit.evaluation.heldout import generate_answers
-from fedit.interfaces import Adapter, EncodedExample, EngineError, Example, Turn
+from fedit.interfaces import FACTORS, Adapter, EncodedExample, EngineError, Example, Turn, factor_of
+from fedit.lowrank import LowRank
 from fedit.model import StackedModel
 from fedit.tuning import TuningTask, batch_indices, tune
 
@@ -54,10 +55,20 @@ def random_adapter(model: StackedModel, seed: int, rank: int) -> Adapter:
 
 
 def tune_with_peft(
-    folder: Path, task: TuningTask, config: ClientConfig, dtype: torch.dtype = torch.float32
+    folder: Path,
+    task: TuningTask,
+    config: ClientConfig,
+    dtype: torch.dtype = torch.float32,
+    factors: Sequence[str] = FACTORS,
 ) -> Mapping[str, Tensor]:
-    """The reference: one client, one PEFT model, torch's AdamW, one padded batch with a mask, whole-sequence logits."""
+    """The reference: one client, one PEFT model, torch's AdamW, one padded batch with a mask, whole-sequence logits.
+
+    What lies beside the adapter is folded into the base's weights.
+    """
     base = AutoModelForCausalLM.from_pretrained(folder, dtype=dtype)
+    with torch.no_grad():
+        for name, matrix in task.adapter.side.items():
+            base.get_parameter(f"{name}.weight").add_(matrix.dense())
     lora = LoraConfig(
         r=task.adapter.rank, lora_alpha=int(task.adapter.lora_alpha), target_modules="all-linear", task_type="CAUSAL_LM"
     )
@@ -71,7 +82,11 @@ def tune_with_peft(
     with torch.no_grad():
         for name, parameter in trained.items():
             parameter.copy_(task.adapter.tensors[name])
-    optimizer = torch.optim.AdamW(trained.values(), lr=config.learning_rate, weight_decay=config.weight_decay)
+            parameter.requires_grad_(factor_of(name) in factors)
+    moving = [parameter for parameter in trained.values() if parameter.requires_grad]
+    optimizer = torch.optim.AdamW(
+        moving if len(factors) == 1 else trained.values(), lr=config.learning_rate, weight_decay=config.weight_decay
+    )
     for done in range(task.num_steps):
         for group in optimizer.param_groups:
             group["lr"] = config.learning_rate * (1 - (task.first_step + done) / task.total_steps)
@@ -87,7 +102,7 @@ def tune_with_peft(
         optimizer.zero_grad()
         model(input_ids=input_ids, attention_mask=mask, labels=labels).loss.backward()
         assert config.clip_norm is not None
-        torch.nn.utils.clip_grad_norm_(trained.values(), config.clip_norm)
+        torch.nn.utils.clip_grad_norm_(moving, config.clip_norm)
         optimizer.step()
     return {name: parameter.detach() for name, parameter in trained.items()}
 
@@ -143,6 +158,43 @@ def test_stacked_equals_peft_one_by_one(tiny_model_folder: Path, num_slots: int,
         assert got.rank == task.adapter.rank
         assert results[task.name].failure is None
         assert relative_error(got.tensors, expected, start) < 1e-5
+
+
+@pytest.mark.parametrize("factors", [("lora_B",), ("lora_A",)])
+def test_a_frozen_factor_does_not_move(tiny_model_folder: Path, factors: Sequence[str]) -> None:
+    """Nor count in the clip, nor decay: what is left of PEFT when one factor needs no gradient."""
+    model = load(tiny_model_folder, AdapterConfig(rank=6, alpha=12), torch.float64)
+    for result in tune(model, make_tasks(model), CONFIG, 3, trained=factors):
+        expected = tune_with_peft(tiny_model_folder, result.task, CONFIG, torch.float64, factors)
+        start, got = result.task.adapter.tensors, result.adapter.tensors
+        moved = {name for name in got if not torch.equal(got[name].float(), start[name])}
+        assert {factor_of(name) for name in moved} == set(factors)
+        assert relative_error(got, expected, start) < 1e-5
+
+
+@pytest.mark.parametrize("rank", [3, 40])
+def test_what_lies_beside_acts_as_if_it_were_in_the_base(tiny_model_folder: Path, rank: int) -> None:
+    """As factors and, of a large rank, as their product; with other adapters afterwards it is gone."""
+    model = load(tiny_model_folder, AdapterConfig(rank=6, alpha=12), torch.float64)
+    rng = np.random.default_rng(4)
+    side = {
+        layer.name: LowRank(
+            torch.from_numpy(rng.normal(0, 0.02, (layer.num_outputs, rank))),
+            torch.from_numpy(rng.normal(0, 0.3, (rank, layer.num_inputs))),
+        )
+        for layer in model.layers[::2]
+    }
+    plain = make_tasks(model)
+    beside = [replace(task, adapter=replace(task.adapter, side=side)) for task in plain]
+    for tasks in (beside, plain):
+        for result in tune(model, tasks, CONFIG, 3):
+            expected = tune_with_peft(tiny_model_folder, result.task, CONFIG, torch.float64)
+            assert relative_error(result.adapter.tensors, expected, result.task.adapter.tensors) < 1e-5
+            assert result.adapter.side is result.task.adapter.side
+    with pytest.raises(EngineError, match="different sides cannot share"):
+        list(tune(model, [beside[0], plain[1]], CONFIG, 2))
+    with pytest.raises(EngineError, match="not adapted here, first 'nowhere'"):
+        model.set_side({"nowhere": LowRank(torch.ones(2, 1), torch.ones(1, 2))})
 
 
 def test_results_do_not_depend_on_slots_nor_on_how_the_base_is_run(tiny_model_folder: Path) -> None:

@@ -56,7 +56,7 @@ def refusal(tables: dict[str, object]) -> str:
         ({"partition": "dirichet"}, "[partition] name = 'dirichet' is unknown. Did you mean 'dirichlet'?"),
         ({"aggregation": {"name": "fedti"}}, "[aggregation] name = 'fedti' is unknown. Did you mean 'fedit'?"),
         ({"data": {"template": "alpcaa"}}, "[template] name = 'alpcaa' is unknown. Did you mean 'alpaca'?"),
-        ({"server_optimizer": 3}, "[server_optimizer]: expected a name, got 3. Known: fedavg, fedavgm."),
+        ({"server_optimizer": 3}, "[server_optimizer]: expected a name, got 3. Known: fedadagrad, fedadam, fedavg"),
         ({"partition": {"num_clients": 5}}, "[partition]: expected a name, got {'num_clients': 5}."),
         (
             {"data": {"columns": {"instrction": "question"}}},
@@ -123,7 +123,7 @@ def test_every_wrong_key_is_named_at_once():
         ),
         (
             {"adapter": {"rank": [4, 8]}, "aggregation": "fedit"},
-            "[adapter] rank = [4, 8]. Use one rank, or one of: flexlora",
+            "[adapter] rank = [4, 8]. Use one rank, or one of: hetlora, flora, flexlora",
         ),
         (
             {"aggregation": "flexlora", "server_optimizer": {"name": "fedavg", "learning_rate": 2.0}},

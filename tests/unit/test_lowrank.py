@@ -10,7 +10,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from fedit.aggregation import LowRank
+from fedit.lowrank import LowRank
 
 SHAPES = {"num_outputs": st.integers(1, 9), "num_inputs": st.integers(1, 9), "seed": st.integers(0, 2**32)}
 RANKS = st.integers(1, 12)

@@ -20,8 +20,10 @@ from torch import Tensor
 from fedit import server
 from fedit.config import RunConfig, load_plugins, parse_config
 from fedit.files import append_line, keep_lines
-from fedit.interfaces import Adapter, ClientFailure, ClientTask, ClientUpdate, FeditError, RoundError
-from fedit.server import RoundRecord, ServerState, load_state, run_round, sample_cohort, save_state, train, wire_size
+from fedit.interfaces import Adapter, Aggregate, ClientFailure, ClientTask, ClientUpdate, FeditError, RoundError
+from fedit.lowrank import LowRank
+from fedit.server import RoundRecord, ServerState, load_state, run_round, sample_cohort, save_state, train
+from fedit.wire import side_tensors, wire_size
 
 load_plugins()
 
@@ -40,7 +42,9 @@ def good(task: ClientTask) -> ClientUpdate:
     """Answer with an update, and a number of rows, that are this client's own in this round."""
     number = int(task.client.removeprefix("c"))
     update = random_adapter(100 * task.round_index + number, task.adapter.rank)
-    return ClientUpdate(task.client, update, num_examples=10 + number, num_tokens=100 + number, loss=1.0 + number)
+    return ClientUpdate(
+        task.client, update, num_examples=10 + number, num_tokens=100 + number, loss=1.0 + number, num_steps=2
+    )
 
 
 @dataclass
@@ -88,7 +92,7 @@ def test_a_round_by_hand() -> None:
     assert (record.round, record.cohort, record.failures) == (1, CLIENTS, {})
     assert record.tokens == 303
     assert record.train_loss == pytest.approx((100 * 1 + 101 * 2 + 102 * 3) / 303)
-    assert record.bytes_up == record.bytes_down == 3 * wire_size(start)
+    assert record.bytes_up == record.bytes_down == 3 * wire_size(start.tensors)
     moved = torch.cat([(state.adapter.tensors[name] - start.tensors[name]).flatten() for name in (A, B)])
     assert record.update_norm == pytest.approx(moved.norm().item(), rel=1e-5)
     assert record.aggregation_loss is not None
@@ -103,8 +107,8 @@ def test_answers_in_any_order_are_aggregated_in_client_order(order: list[str]) -
     plain = type(run.aggregation)
 
     class Watched(plain):
-        def aggregate(self, adapter, updates):
-            return super().aggregate(adapter, (seen.append(update.client) or update for update in updates))
+        def aggregate(self, adapter, updates, rng):
+            return super().aggregate(adapter, (seen.append(update.client) or update for update in updates), rng)
 
     watched = run.model_copy(update={"aggregation": Watched()})
     state, record = run_round(watched, FakeEngine(order=order), ServerState(0, random_adapter(0)))
@@ -126,8 +130,8 @@ def test_answers_are_passed_on_as_they_come() -> None:
     plain = type(run.aggregation)
 
     class Watched(plain):
-        def aggregate(self, adapter, updates):
-            return super().aggregate(adapter, (log.append(f"{u.client} counted") or u for u in updates))
+        def aggregate(self, adapter, updates, rng):
+            return super().aggregate(adapter, (log.append(f"{u.client} counted") or u for u in updates), rng)
 
     engine = FakeEngine(special=dict.fromkeys(CLIENTS, logged))
     run_round(run.model_copy(update={"aggregation": Watched()}), engine, ServerState(0, random_adapter(0)))
@@ -146,7 +150,7 @@ def test_every_client_receives_an_adapter_of_its_own_rank() -> None:
     _, record = run_round(run, FakeEngine(special=dict.fromkeys(CLIENTS, kept)), ServerState(0, start))
     assert {client: adapter.rank for client, adapter in received.items()} == {"c0": 2, "c1": 1, "c2": 2}
     assert same_bits(received["c1"], start.cut(1))
-    assert record.bytes_down == record.bytes_up == 2 * wire_size(start) + wire_size(start.cut(1))
+    assert record.bytes_down == record.bytes_up == 2 * wire_size(start.tensors) + wire_size(start.cut(1).tensors)
 
 
 # ------------------------------------------------------------------------------------------------------- failures
@@ -200,7 +204,7 @@ def test_an_unusable_answer_fails_its_client_only(case: str) -> None:
     expected, without = one_round(FakeEngine(clients=["c0", "c2"]))
     assert same_bits(state.adapter, expected.adapter)
     assert (record.tokens, record.train_loss, record.bytes_up) == (without.tokens, without.train_loss, without.bytes_up)
-    assert (record.cohort, record.bytes_down) == (CLIENTS, 3 * wire_size(random_adapter(0)))
+    assert (record.cohort, record.bytes_down) == (CLIENTS, 3 * wire_size(random_adapter(0).tensors))
 
 
 def test_a_client_that_never_answers_has_failed() -> None:
@@ -314,12 +318,12 @@ def test_wire_size_is_that_of_the_file(rank: int, modules: list[str]) -> None:
     tensors = {}
     for module in modules:
         tensors |= {f"{module}.lora_B.weight": torch.zeros(7, rank), f"{module}.lora_A.weight": torch.zeros(rank, 33)}
-    assert wire_size(Adapter(tensors, rank, 1.0)) == len(save(tensors))
+    assert wire_size(tensors) == len(save(tensors))
 
 
 def test_wire_size_of_many_layers() -> None:
     tensors = {f"layers.{k}.lora_{x}.weight": torch.zeros(4 + k, 4) for k in range(40) for x in "AB"}
-    assert wire_size(Adapter(tensors, 4, 1.0)) == len(save(tensors))
+    assert wire_size(tensors) == len(save(tensors))
 
 
 # ------------------------------------------------------------------------------------------------------- checkpoints
@@ -465,3 +469,68 @@ def test_keeping_whole_lines(tmp_path: Path, num_lines: int | None, kept: str) -
     assert path.read_text() == kept
     keep_lines(tmp_path / "absent", 3)
     assert not (tmp_path / "absent").exists()
+
+
+# --------------------------------------------------------------------------------------- what lies beside an adapter
+
+
+def beside(rank: int, value: float = 1.0) -> dict[str, LowRank]:
+    return {"layer": LowRank(torch.full((3, rank), value), torch.ones(rank, 5))}
+
+
+def test_the_side_grows_or_is_replaced() -> None:
+    adapter = replace(random_adapter(0), side=beside(1))
+    more = {**beside(1, 2.0), "other": LowRank(torch.ones(2, 1), torch.ones(1, 2))}
+    grown = server.next_side(adapter, Aggregate({}, more))
+    assert torch.equal(grown["layer"].dense(), torch.full((3, 5), 3.0))
+    assert grown.keys() == {"layer", "other"}
+    assert grown["layer"].b.dtype == torch.float32
+    replaced = server.next_side(adapter, Aggregate({}, beside(2), replaces_side=True))
+    assert torch.equal(replaced["layer"].dense(), torch.full((3, 5), 2.0))
+    assert server.next_side(adapter, Aggregate({}, beside(0), replaces_side=True)) == {}
+    assert server.next_side(adapter, Aggregate({})) == adapter.side
+
+
+def test_a_client_downloads_what_it_missed() -> None:
+    """The last step of the side where it was there, all of it where it was not, and never more than that."""
+    run = config(aggregation="fedex-lora")
+    adapter = replace(random_adapter(0), side=beside(2))
+    whole, plain = wire_size(side_tensors(adapter.side)), wire_size(adapter.tensors)
+    for last_step, rounds, expected in ((100, [2], 100), (100, [1], whole), (100, [], whole), (9999, [2], whole)):
+        state = ServerState(3, adapter, side_step_bytes=last_step)
+        assert server.download_size(run, state, ClientTask("c0", 3, adapter), rounds) == plain + expected
+
+
+def test_a_client_downloads_what_the_server_changed() -> None:
+    """FedSVD turns the frozen A as well; FLoRA's next adapter is drawn from the seed."""
+    adapter = random_adapter(0)
+    sizes = {
+        "fedsvd": wire_size(adapter.tensors),
+        "flora": wire_size({}),
+        "ffa-lora": wire_size(adapter.only(["lora_B"])),
+    }
+    for rule, expected in sizes.items():
+        task = ClientTask("c0", 1, adapter)
+        assert server.download_size(config(aggregation=rule), ServerState(1, adapter), task, [0]) == expected
+
+
+def test_a_side_that_is_not_finite_ends_the_round() -> None:
+    run = config(aggregation="fedex-lora")
+
+    class Broken(type(run.aggregation)):
+        def aggregate(self, adapter, updates, rng):
+            result = super().aggregate(adapter, updates, rng)
+            return replace(result, side_step=beside(1, float("inf")))
+
+    with pytest.raises(RoundError, match="not finite"):
+        run_round(run.model_copy(update={"aggregation": Broken()}), FakeEngine(), ServerState(0, random_adapter(0)))
+
+
+def test_a_checkpoint_keeps_the_side(tmp_path: Path) -> None:
+    state = ServerState(2, replace(random_adapter(0), side=beside(2)), side_step_bytes=77)
+    save_state(state, tmp_path)
+    loaded = load_state(tmp_path)
+    assert loaded is not None
+    assert loaded.side_step_bytes == 77
+    assert torch.equal(loaded.adapter.side["layer"].b, state.adapter.side["layer"].b)
+    assert torch.equal(loaded.adapter.side["layer"].a, state.adapter.side["layer"].a)

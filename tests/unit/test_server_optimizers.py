@@ -1,13 +1,13 @@
-"""FedAvg and FedAvgM: recursions by hand."""
+"""Server optimizers: recursions by hand."""
 
 from __future__ import annotations
 
 import pytest
 import torch
 
-from fedit.aggregation import FedAvg, FedAvgM
+from fedit.aggregation import FedAdagrad, FedAdam, FedAvg, FedAvgM, FedYogi, Nesterov
 from fedit.config import load_plugins, parse_config
-from fedit.interfaces import Adapter, ConfigError
+from fedit.interfaces import Adapter, ConfigError, ServerOptimizer
 
 load_plugins()
 
@@ -63,3 +63,61 @@ def test_fedavgm_refuses_a_rule_that_changes_the_basis() -> None:
 def test_rates_without_a_meaning_are_refused(parameters: dict[str, float]) -> None:
     with pytest.raises(ConfigError, match=r"\[server_optimizer\] fedavgm: " + next(iter(parameters))):
         parse_config({"server_optimizer": {"name": "fedavgm", **parameters}})
+
+
+def follow(optimizer: ServerOptimizer, *deltas: float) -> list[float]:
+    """Return where the first value goes, starting at 1."""
+    adapter, state, path = START, {}, []
+    for delta in deltas:
+        adapter, state = optimizer.apply(adapter, step(delta, 0), state)
+        path.append(adapter.tensors[NAME][0, 0].item())
+    return path
+
+
+def test_nesterov_by_hand() -> None:
+    """momentum 0.5, rate 2: v = 4, 3, 1.5; steps 2 (D + v / 2) = 12, 5, 1.5."""
+    assert follow(Nesterov(momentum=0.5, learning_rate=2), 4, 1, 0) == [13, 18, 19.5]
+
+
+def test_nesterov_equals_torchs_sgd() -> None:
+    parameter = torch.nn.Parameter(torch.tensor(1.0, dtype=torch.float64))
+    sgd = torch.optim.SGD([parameter], lr=0.7, momentum=0.9, nesterov=True)
+    path = []
+    for delta in (0.5, -1.0, 2.0):
+        parameter.grad = torch.tensor(-delta, dtype=torch.float64)
+        sgd.step()
+        path.append(parameter.item())
+    assert follow(Nesterov(), 0.5, -1, 2) == pytest.approx(path, rel=1e-6)
+
+
+def test_fedadagrad_by_hand() -> None:
+    """tau 1: v = 1 + 4 = 5, then 5 + 9 = 14; steps 2 / (sqrt(5) + 1), -3 / (sqrt(14) + 1)."""
+    first = 1 + 2 / (5**0.5 + 1)
+    expected = [first, first - 3 / (14**0.5 + 1)]
+    assert follow(FedAdagrad(learning_rate=1, tau=1), 2, -3) == pytest.approx(expected, rel=1e-6)
+
+
+def test_fedadam_takes_squares_of_the_aggregate_not_of_its_mean() -> None:
+    """tau 1, betas 1/2: m = 1, -1; v = 2.5, 5.75."""
+    first = 1 + 1 / (2.5**0.5 + 1)
+    expected = [first, first - 1 / (5.75**0.5 + 1)]
+    assert follow(FedAdam(learning_rate=1, tau=1, beta1=0.5, beta2=0.5), 2, -3) == pytest.approx(expected, rel=1e-6)
+
+
+def test_fedyogi_by_hand() -> None:
+    """tau 1, betas 1/2: v = 1 + 4 / 2 = 3, then, D^2 = 1 being smaller, 3 - 1 / 2 = 2.5."""
+    first = 1 + 1 / (3**0.5 + 1)
+    expected = [first, first + 1 / (2.5**0.5 + 1)]
+    assert follow(FedYogi(learning_rate=1, tau=1, beta1=0.5, beta2=0.5), 2, 1) == pytest.approx(expected, rel=1e-6)
+
+
+def test_a_step_of_one_factor_leaves_the_other_and_what_is_remembered_of_it() -> None:
+    """Rules that train A and B in turn: the momentum of each waits for its own next round."""
+    other = "layer.lora_B.weight"
+    adapter = Adapter({**START.tensors, other: torch.ones(2, 1)}, 1, 1.0)
+    for optimizer in (FedAvgM(), Nesterov(), FedAdam()):
+        moved, state = optimizer.apply(adapter, step(1, 2), {})
+        further, later = optimizer.apply(moved, {other: torch.ones(2, 1, dtype=torch.float64)}, state)
+        assert torch.equal(moved.tensors[other], adapter.tensors[other])
+        assert torch.equal(further.tensors[NAME], moved.tensors[NAME])
+        assert state.items() <= later.items()

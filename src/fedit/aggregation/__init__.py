@@ -1,11 +1,32 @@
 """Many updates -> one: the aggregation rules and the server optimizers.
 
-Read `lowrank` (the operators), `combine` (one pass over the updates), then the rules, one file each.
+Read `combine` (one pass over the updates, and the pieces that rules are made of), then `factor_means` (rules that add
+up what the clients train) and `products` (rules that average what the adapters do).
 """
 
-from fedit.aggregation.fedit import FedIT
-from fedit.aggregation.flexlora import FlexLoRA
-from fedit.aggregation.lowrank import LowRank
-from fedit.aggregation.server_optimizers import FedAvg, FedAvgM
+from fedit.aggregation.factor_means import FedIT, FedRotLoRA, FedSALoRA, FFALoRA, HetLoRA, LoRAFAIR, RoLoRA
+from fedit.aggregation.products import FedExLoRA, FedITPlus, FedMomentum, FedSVD, FlexLoRA, FLoRA, RaFLoRA
+from fedit.aggregation.server_optimizers import FedAdagrad, FedAdam, FedAvg, FedAvgM, FedYogi, Nesterov
 
-__all__ = ["FedAvg", "FedAvgM", "FedIT", "FlexLoRA", "LowRank"]
+__all__ = [
+    "FFALoRA",
+    "FLoRA",
+    "FedAdagrad",
+    "FedAdam",
+    "FedAvg",
+    "FedAvgM",
+    "FedExLoRA",
+    "FedIT",
+    "FedITPlus",
+    "FedMomentum",
+    "FedRotLoRA",
+    "FedSALoRA",
+    "FedSVD",
+    "FedYogi",
+    "FlexLoRA",
+    "HetLoRA",
+    "LoRAFAIR",
+    "Nesterov",
+    "RaFLoRA",
+    "RoLoRA",
+]

@@ -1,87 +1,220 @@
-"""One pass over a round's updates: their weighted mean, factor by factor, and the exact mean of their products."""
+"""The primitives that aggregation rules are made of.
+
+`combine` goes through a round's updates once, one by one, and takes the weighted mean: of the factors, and of what the
+adapters do, which is not the same. A rule then chooses new factors and may leave a rest to the side; `conclude` says
+what was lost. With p_k the weights, normalised over the clients that answered, and s_k = lora_alpha / r_k, the exact
+mean that all rules are measured by is M = sum_k p_k s_k B_k A_k. Everything is float64 and factored: nothing is m x n.
+"""
 
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
 from typing import Literal
 
 import torch
 from torch import Tensor
+from torch.nn.functional import pad
 
-from fedit.aggregation.lowrank import LowRank
-from fedit.interfaces import Adapter, ClientUpdate, RoundError
+from fedit.interfaces import Adapter, Aggregate, ClientUpdate, RoundError
+from fedit.lowrank import LowRank
 
-Weighting = Literal["examples", "uniform"]
+Weighting = Literal["examples", "tokens", "uniform", "fednova"]
+"""By a client's rows, the tokens it trained on, equal, or by rows and inverse steps."""
+WeightingByNorm = Weighting | Literal["norm"]
+"""Or by ||s_k B_k A_k||_F"""
+Modules = Mapping[str, LowRank]
+"""A low-rank matrix for each adapted layer"""
 
 
 @dataclass(frozen=True, eq=False)
-class Combined:
-    """With p_k the weights, normalised over the clients that answered; all float64."""
+class Mean:
+    """The weighted mean of a round's updates."""
 
-    mean_update: Mapping[str, Tensor]
-    """sum_k p_k update_k, tensor by tensor; empty where the clients' ranks differ"""
-    product: Mapping[str, LowRank]
-    """sum_k p_k s_k B_k A_k by module: the exact mean of what the clients' adapters do"""
+    update: Mapping[str, Tensor]
+    """sum_k p_k update_k, factor by factor; adapters of a smaller rank than the global one are padded with zeros"""
+    product: Modules
+    """M by module: the exact mean of what the clients' adapters do"""
 
 
-def combine(adapter: Adapter, updates: Iterable[ClientUpdate], weighting: Weighting) -> Combined:
-    """Consume `updates` one by one, in their order. The exact product keeps their factors: sum_k r_k, m or n at most.
+def combine(
+    adapter: Adapter,
+    updates: Iterable[ClientUpdate],
+    weighting: WeightingByNorm,
+    align: Callable[[Adapter, ClientUpdate], ClientUpdate] = lambda received, result: result,
+) -> Mean:
+    """Consume `updates` one by one, in their order, each changed by `align` with what its client had received.
+
+    The sum of the factors is one adapter; M keeps the clients' factors: sum_k r_k of them, m or n at most.
 
     Raises:
         RoundError: no update has a positive weight.
     """
-    total = 0.0
+    weights = _Weights(weighting)
     sums: dict[str, Tensor] = {}
     terms: dict[str, list[LowRank]] = {module: [] for module in adapter.modules()}
-    equal_ranks = True
-    for result in updates:
-        weight = 1.0 if weighting == "uniform" else float(result.num_examples)
+    for answer in updates:
+        received = adapter.cut(answer.update.rank)
+        result = align(received, answer)
+        does = scaled(low_rank(received, result.update.tensors), received.scaling)
+        weight = weights.of(result, does)
         if weight == 0:
             continue
-        total += weight
-        equal_ranks = equal_ranks and result.update.rank == adapter.rank
-        if equal_ranks:
-            for name, tensor in result.update.tensors.items():
-                sums[name] = sums[name] + weight * tensor.double() if name in sums else weight * tensor.double()
-        received = adapter.cut(result.update.rank)
-        for module, factors in low_rank(received, result.update.tensors).items():
-            terms[module].append(factors * (weight * result.update.scaling))
-            # Twice the rank that the product can have: compacted for every client, it would cost a dense product each.
-            if sum(term.rank for term in terms[module]) > 2 * min(factors.b.shape[0], factors.a.shape[1]):
-                terms[module] = [LowRank.sum(terms[module]).compact()]
-    if total == 0:
-        raise RoundError("No update of this round has a positive weight (clients with num_examples = 0?).")
-    return Combined(
-        {name: tensor / total for name, tensor in sums.items()} if equal_ranks else {},
-        {module: LowRank.sum(parts).compact() * (1 / total) for module, parts in terms.items()},
+        for name, tensor in _of_full_rank(adapter, received, result.update.tensors).items():
+            sums[name] = sums[name] + weight * tensor if name in sums else weight * tensor
+        for module, matrix in does.items():
+            _add_term(terms[module], matrix * weight)
+    factor = weights.normaliser()
+    product = {module: LowRank.sum(parts) * factor for module, parts in terms.items()}
+    rest = 1 - weights.total * factor
+    if weighting == "fednova":  # its weights do not add up to 1: what moves is the difference from what was received
+        product = {m: product[m] + matrix * (adapter.scaling * rest) for m, matrix in low_rank(adapter).items()}
+    return Mean(
+        {name: tensor * factor for name, tensor in sums.items()},
+        {module: matrix.compact() for module, matrix in product.items()},
     )
 
 
+def conclude(
+    adapter: Adapter,
+    product: Modules,
+    delta: Mapping[str, Tensor],
+    side_step: Modules | None = None,
+    *,
+    replaces_side: bool = False,
+) -> Aggregate:
+    """Return the aggregate with its ``aggregation_loss``, ||M - what is kept||_F / ||M||_F over all modules.
+
+    What is kept is the new adapter's product and what the side gained. 0 where M is zero.
+    """
+    side_step = side_step or {}
+    kept = scaled(low_rank(adapter, delta), adapter.scaling)
+    lost = {}
+    for module, matrix in product.items():
+        parts = [matrix, kept[module] * -1.0]
+        if module in side_step:
+            parts.append(side_step[module] * -1.0)
+        if replaces_side and module in adapter.side:
+            parts.append(adapter.side[module])
+        lost[module] = LowRank.sum(parts)
+    whole = math.hypot(*[matrix.norm() for matrix in product.values()])
+    loss = math.hypot(*[matrix.norm() for matrix in lost.values()]) / whole if whole > 0 else 0.0
+    return Aggregate(delta, side_step, replaces_side, {"aggregation_loss": loss})
+
+
+# ------------------------------------------------------------------------------------------------- pieces of a rule
+
+
 def low_rank(adapter: Adapter, update: Mapping[str, Tensor] | None = None) -> dict[str, LowRank]:
-    """Return B A (without the scaling) of every module of ``adapter + update``, float64."""
+    """Return B A (without the scaling) of every module of ``adapter + update``, float64. No step is a step of zero."""
+    step = update or {}
     result = {}
     for module in adapter.modules():
         factors = [
-            adapter.tensors[name].double() + (0 if update is None else update[name].double())
+            adapter.tensors[name].double() + (step[name].double() if name in step else 0)
             for name in (f"{module}.lora_B.weight", f"{module}.lora_A.weight")
         ]
         result[module] = LowRank(*factors)
     return result
 
 
-def aggregation_loss(product: Mapping[str, LowRank], kept: Mapping[str, LowRank]) -> float:
-    """Return ||product - kept||_F / ||product||_F over all modules; 0 where the product is zero."""
-    lost = math.hypot(*[(product[module] - kept[module]).norm() for module in product])
-    whole = math.hypot(*[factors.norm() for factors in product.values()])
-    return lost / whole if whole > 0 else 0.0
+def scaled(factors: Modules, factor: float) -> dict[str, LowRank]:
+    """Return every module's matrix times `factor`."""
+    return {module: matrix * factor for module, matrix in factors.items()}
 
 
-def difference(new: Mapping[str, LowRank], adapter: Adapter) -> dict[str, Tensor]:
-    """Return the tensors by which `adapter` has to move to become the factors `new` (without scaling)."""
+def steps_to(factors: Modules, adapter: Adapter) -> dict[str, Tensor]:
+    """Return the tensors by which `adapter` has to move to become the given factors (without scaling)."""
     delta: dict[str, Tensor] = {}
-    for module, factors in new.items():
-        for name, factor in ((f"{module}.lora_A.weight", factors.a), (f"{module}.lora_B.weight", factors.b)):
-            delta[name] = factor - adapter.tensors[name].to(torch.float64)
+    for module, matrix in factors.items():
+        for name, factor in ((f"{module}.lora_A.weight", matrix.a), (f"{module}.lora_B.weight", matrix.b)):
+            delta[name] = factor - adapter.tensors[name].double()
     return delta
+
+
+def keep_trainable(factors: LowRank, received: Tensor) -> LowRank:
+    """Give components that are zero the rows of the received A [r, n]: with A = B = 0 none of them could ever grow."""
+    sizes = factors.b.norm(dim=0)
+    empty = sizes <= 1e-12 * sizes.max()
+    return LowRank(factors.b * ~empty, torch.where(empty[:, None], received.double(), factors.a))
+
+
+def largest(product: Modules, adapter: Adapter) -> tuple[dict[str, LowRank], dict[str, LowRank]]:
+    """Return new factors (without scaling), the r largest components of each matrix, and what these leave."""
+    factors, rest = {}, {}
+    for module, matrix in product.items():
+        parts = matrix.components()
+        kept, root = parts.part(0, adapter.rank).widened(adapter.rank), adapter.scaling**0.5
+        received = adapter.tensors[f"{module}.lora_A.weight"]
+        factors[module] = keep_trainable(LowRank(kept.b / root, kept.a / root), received)
+        rest[module] = parts.part(adapter.rank)
+    return factors, rest
+
+
+# ---------------------------------------------------------------------------------------------------------- weights
+
+
+class _Weights:
+    """The weight of each update as it comes, and the factor that makes their weighted sum a mean."""
+
+    def __init__(self, weighting: WeightingByNorm) -> None:
+        self._weighting = weighting
+        self.total = 0.0
+        """Sum of the weights so far"""
+        self._rows, self._steps = 0.0, 0.0
+
+    def of(self, result: ClientUpdate, does: Modules) -> float:
+        """Return the weight of a client whose adapter does `does`.
+
+        With "fednova" (2007.07481) it is n_k / t_k for its t_k local steps, and the mean is stretched by the mean
+        number of steps: who takes many steps moves the mean no more than who takes few.
+        """
+        rows = float(result.num_examples)
+        self._rows += rows
+        self._steps += rows * result.num_steps
+        if self._weighting == "norm":
+            weight = math.hypot(*[matrix.norm() for matrix in does.values()])
+        else:
+            weights = {
+                "examples": rows,
+                "tokens": float(result.num_tokens),
+                "uniform": 1.0,
+                "fednova": rows / max(1, result.num_steps),
+            }
+            weight = weights[self._weighting]
+        self.total += weight
+        return weight
+
+    def normaliser(self) -> float:
+        if self.total == 0:
+            raise RoundError(
+                f"No update of this round has a positive weight (weighting = {self._weighting!r}): clients with "
+                "num_examples = 0?"
+            )
+        return self._steps / self._rows**2 if self._weighting == "fednova" else 1 / self.total
+
+
+def _of_full_rank(adapter: Adapter, received: Adapter, update: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """Return the update as one of the global adapter: components that the client lacks are zero, the others are
+    rescaled to do under ``lora_alpha / rank`` what they did under its own.
+    """
+    if received.rank == adapter.rank:
+        return {name: tensor.double() for name, tensor in update.items()}
+    factor, missing = (adapter.rank / received.rank) ** 0.5, adapter.rank - received.rank
+    steps = {}
+    for name, tensor in update.items():
+        tuned = factor * (received.tensors[name].double() + tensor.double())
+        whole = pad(tuned, (0, 0, 0, missing) if name.endswith(".lora_A.weight") else (0, missing))
+        steps[name] = whole - adapter.tensors[name].double()
+    return steps
+
+
+def _add_term(terms: list[LowRank], term: LowRank) -> None:
+    """Append to the terms of a sum, and compact them where they have twice the rank that the sum can have.
+
+    Compacted for every client, it would cost a dense product each.
+    """
+    terms.append(term)
+    if sum(each.rank for each in terms) > 2 * min(term.b.shape[0], term.a.shape[1]):
+        terms[:] = [LowRank.sum(terms).compact()]

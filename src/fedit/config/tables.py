@@ -236,6 +236,12 @@ class RunConfig(Table):
                 f'[client] moments = "keep" goes on with moments of the old factors, but [aggregation] name = '
                 f'{self.aggregation.name!r} changes their basis in every round. Use moments = "reset" with it.'
             )
+        factors = [set(self.aggregation.trained(index)) for index in range(min(2, self.rounds))]
+        if self.client.moments == "keep" and factors[0] != factors[-1]:
+            raise ConfigError(
+                f'[client] moments = "keep" counts the steps of an adapter, but [aggregation] name = '
+                f'{self.aggregation.name!r} trains its factors in turn. Use moments = "reset" with it.'
+            )
         for plugin in (self.data.template, self.partition, self.aggregation, self.server_optimizer):
             plugin.check(self)
 

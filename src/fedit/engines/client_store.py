@@ -5,11 +5,10 @@ from __future__ import annotations
 from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING
-from urllib.parse import quote
 
 from safetensors.torch import load_file, save
 
-from fedit.files import write_atomically
+from fedit.files import folder_name, write_atomically
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -43,8 +42,7 @@ class ClientStore:
             old.unlink()
 
     def _client_folder(self, client: str) -> Path:
-        # Percent-encoded, dots too: a client named ".." stays in the folder.
-        return self._folder / quote(client, safe="").replace(".", "%2E")
+        return self._folder / folder_name(client)
 
     def _files(self, client: str) -> list[Path]:
         return sorted(self._client_folder(client).glob("round-*.safetensors"), key=_round_index)

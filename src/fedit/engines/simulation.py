@@ -2,15 +2,19 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 
 import torch
+from torch import Tensor
 
 from fedit.config import RunConfig
 from fedit.engines.client_store import ClientStore
-from fedit.interfaces import ClientFailure, ClientTask, ClientUpdate, EncodedExample, derive_seed
+from fedit.interfaces import Adapter, ClientFailure, ClientTask, ClientUpdate, EncodedExample, derive_seed
 from fedit.model import StackedModel
 from fedit.tuning import Moments, TuningResult, TuningTask, tune
+
+PRIVATE = "private/"
+"""In front of the names of a client's own factors in its store."""
 
 
 class Simulation:
@@ -35,50 +39,67 @@ class Simulation:
 
     def run(self, tasks: Sequence[ClientTask]) -> Iterator[ClientUpdate | ClientFailure]:
         """Yield the clients' results as their slots finish; who has most steps begins first, or would end alone."""
-        round_of = {task.client: task.round_index for task in tasks}
+        round_index = tasks[0].round_index
+        trained, shared = (f(round_index) for f in (self._config.aggregation.trained, self._config.aggregation.shared))
+        private = [factor for factor in trained if factor not in shared]
         num_slots = min(len(tasks), self._model.max_slots)
         # A generator: a task, and with it what its client kept, comes into memory when a slot is free.
         longest_first = sorted(tasks, key=lambda task: -self._config.client.num_steps(len(self._clients[task.client])))
         tuning_tasks = (self._tuning_task(task) for task in longest_first)
-        for result in tune(self._model, tuning_tasks, self._config.client, num_slots, self._on_step):
-            if self._config.client.moments == "keep" and result.failure is None:
-                self._keep(round_of[result.task.name], result)
-            yield _answer(result)
+        for result in tune(self._model, tuning_tasks, self._config.client, num_slots, self._on_step, trained):
+            if result.failure is None:
+                self._keep(round_index, result, private)
+            yield _answer(result, shared)
+
+    def personal(self, adapter: Adapter, round_index: int) -> dict[str, Adapter]:
+        """Return the models of the clients that had factors of their own before a round: the global one with these."""
+        own = {client: self._store.read(client, round_index) for client in self._clients}
+        return {client: _with_private(adapter, kept) for client, kept in own.items() if _private(kept)}
 
     def _tuning_task(self, task: ClientTask) -> TuningTask:
         examples = self._clients[task.client]
+        kept = self._store.read(task.client, task.round_index)
         num_steps = self._config.client.num_steps(len(examples))
         return TuningTask(
             name=task.client,
             examples=examples,
-            adapter=task.adapter,
+            adapter=_with_private(task.adapter, kept),
             first_step=task.round_index * num_steps,
             first_batch=task.num_earlier * num_steps,
             num_steps=num_steps,
             total_steps=self._config.rounds * num_steps,
             seed=derive_seed(self._config.seed, "client", task.client),
-            moments=self._kept_moments(task) if self._config.client.moments == "keep" else None,
+            moments=Moments(kept["first"], kept["second"], int(kept["num_steps"])) if "first" in kept else None,
         )
 
-    def _kept_moments(self, task: ClientTask) -> Moments | None:
-        kept = self._store.read(task.client, task.round_index)
-        return Moments(kept["first"], kept["second"], int(kept["num_steps"])) if kept else None
+    def _keep(self, round_index: int, result: TuningResult, private: Collection[str]) -> None:
+        """Write down what the client needs in its next round and nobody else may see."""
+        tensors = {PRIVATE + name: tensor for name, tensor in result.adapter.only(private).items()}
+        if self._config.client.moments == "keep":
+            moments = result.moments
+            tensors |= {"first": moments.first, "second": moments.second, "num_steps": torch.tensor(moments.num_steps)}
+        if tensors:
+            self._store.write(result.task.name, round_index, tensors)
 
-    def _keep(self, round_index: int, result: TuningResult) -> None:
-        moments = result.moments
-        tensors = {"first": moments.first, "second": moments.second, "num_steps": torch.tensor(moments.num_steps)}
-        self._store.write(result.task.name, round_index, tensors)
+
+def _private(kept: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    return {name.removeprefix(PRIVATE): tensor for name, tensor in kept.items() if name.startswith(PRIVATE)}
 
 
-def _answer(result: TuningResult) -> ClientUpdate | ClientFailure:
+def _with_private(adapter: Adapter, kept: Mapping[str, Tensor]) -> Adapter:
+    return adapter.with_tensors({**adapter.tensors, **_private(kept)})
+
+
+def _answer(result: TuningResult, shared: Collection[str]) -> ClientUpdate | ClientFailure:
     if result.failure is not None:
         return ClientFailure(result.task.name, result.failure)
     received = result.task.adapter
-    update = {name: tuned - received.tensors[name] for name, tuned in result.adapter.tensors.items()}
+    update = {name: tuned - received.tensors[name] for name, tuned in result.adapter.only(shared).items()}
     return ClientUpdate(
         client=result.task.name,
-        update=received.with_tensors(update),
+        update=Adapter(update, received.rank, received.lora_alpha),
         num_examples=len(result.task.examples),
         num_tokens=result.num_tokens,
         loss=result.loss,
+        num_steps=result.task.num_steps,
     )

@@ -22,10 +22,14 @@ GENERATED_TOKENS = {"cpu": 16384, "cuda": 65536}
 """Prompt and answer tokens of a generation batch at most: each of them keeps its keys and values."""
 
 
-def mean_loss(model: StackedModel, adapter: Adapter, examples: Sequence[EncodedExample]) -> float:
-    """Return the mean negative log-likelihood (nats) over all response tokens of `examples`."""
-    (losses,) = response_losses(model, [adapter], examples)
-    return float(losses.sum() / sum(example.num_supervised for example in examples))
+def mean_loss(model: StackedModel, adapters: Sequence[Adapter], examples: Sequence[EncodedExample]) -> float:
+    """Return the mean negative log-likelihood (nats) over all response tokens of `examples`, mean over the adapters."""
+    num_tokens = sum(example.num_supervised for example in examples)
+    losses = [
+        response_losses(model, adapters[start : start + NUM_SLOTS], examples).sum()
+        for start in range(0, len(adapters), NUM_SLOTS)
+    ]
+    return float(sum(losses) / num_tokens / len(adapters))
 
 
 def predict(
@@ -40,10 +44,8 @@ def predict(
     `max_new_tokens` 0 measures the losses only. Overwrites the model's slots. `on_model` is told how many models each
     group finished.
     """
-    names = list(adapters)
     num_slots = min(NUM_SLOTS, 2 * model.max_slots)
-    for start in range(0, len(names), num_slots):
-        group = names[start : start + num_slots]
+    for group in _groups(adapters, num_slots):
         stacked = [adapters[name] for name in group]
         losses = response_losses(model, stacked, examples)
         answers = generate_answers(model, stacked, examples, max_new_tokens) if max_new_tokens else None
@@ -52,6 +54,16 @@ def predict(
                 answer = None if answers is None else answers[position][index]
                 yield _prediction(name, index, example, answer, float(losses[position, index]))
         on_model(len(group))
+
+
+def _groups(adapters: Mapping[str, Adapter | None], size: int) -> Iterator[list[str]]:
+    """Yield the names of models that can share a pass through the base: `size` at most, with the same side."""
+    by_side: dict[int, list[str]] = {}
+    for name, adapter in adapters.items():
+        by_side.setdefault(id(adapter.side) if adapter is not None and adapter.side else 0, []).append(name)
+    for names in by_side.values():
+        for start in range(0, len(names), size):
+            yield names[start : start + size]
 
 
 def response_losses(
@@ -104,6 +116,7 @@ def generate_answers(
 def _fill(model: StackedModel, adapters: Sequence[Adapter | None]) -> None:
     model.allocate(len(adapters))
     for slot, adapter in enumerate(adapters):
+        model.set_side({} if adapter is None else adapter.side, shared=slot > 0)
         if adapter is not None:
             model.write(slot, adapter)
 

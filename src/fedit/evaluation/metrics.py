@@ -18,7 +18,8 @@ from rouge_score.rouge_scorer import RougeScorer
 from fedit.interfaces import DataError, derive_rng
 
 NUM_RESAMPLES = 1000
-LOCAL_PREFIX = "local/"
+LOCAL_PREFIX, PERSONAL_PREFIX = "local/", "federated/"
+"""In front of a client's name: the model that it tuned alone; the federation's, with factors of the client's own"""
 
 Scores = Mapping[str, np.ndarray]
 """By metric, one number per test row [N]: nats for ``response_loss``, 0 to 1 for the two others."""
@@ -29,7 +30,7 @@ class Prediction:
     """What one model did with one test row: a line of ``answers.jsonl``."""
 
     model: str
-    """``base``, ``central``, ``federated`` or ``local/<client>``"""
+    """``base``, ``central``, ``federated``, ``local/<client>`` or ``federated/<client>``"""
     index: int
     """Of the row in the test set."""
     category: str
@@ -87,10 +88,14 @@ def summarise(
     """
     rows = _test_rows(predictions_by_model, seed)
     scores = {name: _scores(predictions) for name, predictions in predictions_by_model.items()}
-    clients = {name.removeprefix(LOCAL_PREFIX): scores.pop(name) for name in list(scores) if _is_local(name)}
-    if clients:
-        scores["local"] = _combine(list(clients.values()), lambda values: np.mean(values, axis=0))
-        tokens = {**tokens, "local": round(np.mean([tokens[LOCAL_PREFIX + client] for client in clients]))}
+    owned: dict[str, dict[str, Scores]] = {}
+    for prefix in (LOCAL_PREFIX, PERSONAL_PREFIX):
+        clients = {name: scores.pop(name) for name in list(scores) if name.startswith(prefix)}
+        if clients:
+            kind = prefix.removesuffix("/")
+            owned[kind] = clients
+            scores[kind] = _combine(list(clients.values()), lambda values: np.mean(values, axis=0))
+            tokens = {**tokens, kind: round(np.mean([tokens[name] for name in clients]))}
 
     models = {name: {**_measure(rows, scores[name]), "tokens": tokens[name]} for name in _in_order(scores)}
     result: dict[str, Any] = {
@@ -103,17 +108,15 @@ def summarise(
             if "federated" in scores and other in scores
         },
     }
-    if clients:
+    for kind, clients in owned.items():
         per_client = {
-            client: {**_measure(rows, own), "tokens": tokens[LOCAL_PREFIX + client]} for client, own in clients.items()
+            name.removeprefix(f"{kind}/"): {**_measure(rows, own), "tokens": tokens[name]}
+            for name, own in clients.items()
         }
-        models["local"]["per_client"] = per_client
-        result |= _worst_clients(per_client)
+        models[kind]["per_client"] = per_client
+        worst = _worst_clients(per_client)
+        result |= worst if kind == "local" else {f"{kind}_{name}": value for name, value in worst.items()}
     return result
-
-
-def _is_local(name: str) -> bool:
-    return name.startswith(LOCAL_PREFIX)
 
 
 def _in_order(scores: Mapping[str, Scores]) -> list[str]:
@@ -222,7 +225,7 @@ def _gap_closed(rows: _TestRows, scores: Mapping[str, Scores]) -> dict[str, Any]
 
 
 def _worst_clients(per_client: Mapping[str, Mapping[str, Any]]) -> dict[str, Any]:
-    """Return the local-only client of the highest loss, and the mean over the worst tenth (rounded up)."""
+    """Return the client whose model has the highest loss, and the mean over the worst tenth (rounded up)."""
 
     def loss(client: str) -> float:
         value = per_client[client]["response_loss"]["all"]

@@ -7,6 +7,7 @@ from dataclasses import dataclass
 
 import torch
 from torch import Tensor
+from torch.nn.functional import pad
 
 
 @dataclass(frozen=True, eq=False)
@@ -45,21 +46,53 @@ class LowRank:
             return LowRank(torch.eye(self.b.shape[0], dtype=self.b.dtype), self.b @ self.a)
         return LowRank(self.b @ self.a, torch.eye(self.a.shape[1], dtype=self.a.dtype))
 
-    def truncate(self, rank: int) -> LowRank:
-        """Return the best approximation of `rank` (Eckart-Young), balanced: B = U S^1/2, A = S^1/2 V^T.
+    def components(self) -> LowRank:
+        """Return the same matrix as its singular components, the largest first: B = U S^1/2, A = S^1/2 V^T.
 
-        Two thin QR factorisations and the SVD of an R x R core: O((m + n) R^2). Components beyond the matrix's own rank
-        are zero, so the result always has `rank` columns.
+        Two thin QR factorisations and the SVD of an R x R core: O((m + n) R^2). R is at most min(m, n); components that
+        are zero to rounding may be among them.
         """
         small = self.compact()
         q_b, r_b = torch.linalg.qr(small.b)
         q_a, r_a = torch.linalg.qr(small.a.T)
         u, s, vh = torch.linalg.svd(r_b @ r_a.T)
-        kept = min(rank, len(s))
-        root = s[:kept].sqrt()
-        b, a = q_b @ u[:, :kept] * root, root[:, None] * (vh[:kept] @ q_a.T)
-        missing = rank - kept
-        return LowRank(torch.nn.functional.pad(b, (0, missing)), torch.nn.functional.pad(a, (0, 0, 0, missing)))
+        root = s.sqrt()
+        return LowRank(q_b @ u * root, root[:, None] * (vh @ q_a.T))
+
+    def singular_values(self) -> Tensor:
+        """Return those of a matrix that `components` or `truncate` returned, [R]."""
+        return self.b.norm(dim=0).square()
+
+    def part(self, first: int, last: int | None = None) -> LowRank:
+        """Return the components [first, last)."""
+        return LowRank(self.b[:, first:last], self.a[first:last])
+
+    def truncate(self, rank: int) -> LowRank:
+        """Return the best approximation of `rank` (Eckart-Young) by its `components`.
+
+        Components beyond the matrix's own rank are zero, so the result always has `rank` columns.
+        """
+        return self.components().part(0, rank).widened(rank)
+
+    def widened(self, rank: int) -> LowRank:
+        """Return the same matrix by `rank` components, those that it lacks being zero."""
+        missing = rank - self.rank
+        return LowRank(pad(self.b, (0, missing)), pad(self.a, (0, 0, 0, missing)))
+
+    def with_orthonormal_rows(self) -> LowRank:
+        """Return the same matrix as B = U S, A = V^T with as many rows as A has: they span what these spanned.
+
+        That holds where B is zero, too. Rows beyond n are zero.
+        """
+        q_a, r_a = torch.linalg.qr(self.a.T)
+        u, s, vh = torch.linalg.svd(self.b @ r_a.T)
+        b = pad(u[:, : len(s)] * s, (0, len(vh) - len(s)))
+        return LowRank(b, vh @ q_a.T).widened(self.rank)
+
+    def minimal(self, smallest: float) -> LowRank:
+        """Return the same matrix but for components whose singular value is not above `smallest`: few columns."""
+        parts = self.components()
+        return parts.part(0, int((parts.singular_values() > smallest).sum()))
 
     def norm(self) -> float:
         """Return the Frobenius norm, to rounding of the largest term of the sum (no squares are subtracted)."""

@@ -1,0 +1,153 @@
+"""Every aggregation rule, from the command line to the files that others load."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from peft import PeftModel
+from safetensors.torch import load_file
+from transformers import AutoModelForCausalLM
+
+from fedit.base import load_tokenizer
+from fedit.config import load_plugins, parse_config
+from fedit.interfaces import Aggregation, EncodedExample, plugins
+from fedit.prepare import prepare_data
+
+load_plugins()
+
+RULES = list(plugins("aggregation"))
+MIXED = [name for name, rule in plugins("aggregation").items() if getattr(rule, "mixed_ranks", False)]
+HARD = ["-o", "client.learning_rate=0.03", "-o", "rounds=3", "-o", "evaluation.baselines=false"]
+"""Enough to move the model far from the base."""
+
+
+def run_rule(fedit, recipe: Path, out: Path, name: str, *options: str) -> list[dict[str, Any]]:
+    chosen = [part for option in (f"aggregation.name={name}", *options) for part in ("-o", option)]
+    done = fedit("run", recipe, "--out", out, *HARD, *chosen)
+    assert done.status == 0, done.stderr
+    rounds = [json.loads(line) for line in (out / "rounds.jsonl").read_text().splitlines()]
+    assert all(line["failures"] == {} for line in rounds)
+    return rounds
+
+
+def test_rows(run: Path) -> list[EncodedExample]:
+    return list(prepare_data(parse_config(json.loads((run / "config.json").read_text())["config"])).test)
+
+
+test_rows.__test__ = False  # type: ignore[attr-defined]
+
+
+def response_loss(model: torch.nn.Module, examples: list[EncodedExample]) -> float:
+    losses = []
+    for example in examples:
+        ids = torch.from_numpy(example.input_ids.astype(np.int64))[None]
+        with torch.inference_mode():
+            logits = model(input_ids=ids).logits[0, :-1]
+        nll = torch.nn.functional.cross_entropy(logits, ids[0, 1:], reduction="none")
+        losses.append(nll[torch.from_numpy(example.supervised[1:])])
+    return float(torch.cat(losses).mean())
+
+
+def peft_model(base_folder: Path, adapter: Path) -> torch.nn.Module:
+    """The adapter, with what lies beside it, as PEFT loads them."""
+    model = PeftModel.from_pretrained(AutoModelForCausalLM.from_pretrained(base_folder), str(adapter))
+    if (adapter / "side").is_dir():
+        model.load_adapter(str(adapter / "side"), "side")
+        model.base_model.set_adapter(["default", "side"])  # type: ignore[operator]
+    return model.eval()
+
+
+@pytest.mark.parametrize("name", RULES)
+def test_a_run_ends_in_what_peft_and_transformers_load(fedit, recipe, tmp_path, tiny_model_folder, name: str) -> None:
+    """The evaluated loss is that of the files, as an adapter and merged; and it is not the base's."""
+    run = tmp_path / "run"
+    rounds = run_rule(fedit, recipe, run, name, *(["aggregation.energy=1.0"] if name == "fedit-plus" else []))
+    evaluation = json.loads((run / "evaluation.json").read_text())["models"]
+    examples = test_rows(run)
+    rule = Aggregation.resolve(name)
+    if set(rule.shared(0)) == set(rule.trained(0)):
+        adapters, evaluated = [run / "adapter"], [evaluation["federated"]]
+        assert 0 <= rounds[-1]["aggregation_loss"] < 1
+        assert (run / "adapter" / "side").is_dir() == rule.keeps_side
+        assert rounds[-1]["test_loss"] == pytest.approx(evaluation["federated"]["response_loss"]["all"], rel=1e-6)
+    else:
+        own = evaluation["federated"]["per_client"]
+        adapters, evaluated = [run / "adapters" / client for client in own], list(own.values())
+        assert len(own) == 3
+        assert not (run / "adapter").exists()
+        assert rounds[-1]["aggregation_loss"] is None
+        losses = [model["response_loss"]["all"] for model in evaluated]
+        assert rounds[-1]["test_loss"] == pytest.approx(np.mean(losses), rel=1e-6)
+        assert len(set(losses)) == 3
+    for adapter, model in zip(adapters, evaluated, strict=True):
+        loss = model["response_loss"]["all"]
+        assert abs(loss - evaluation["base"]["response_loss"]["all"]) > 0.01
+        assert response_loss(peft_model(tiny_model_folder, adapter), examples) == pytest.approx(loss, rel=1e-4)
+    chosen = [] if adapters == [run / "adapter"] else ["--client", adapters[-1].name]
+    done = fedit("export", run, "--merged", tmp_path / "merged", *chosen)
+    assert done.status == 0, done.stderr
+    merged = AutoModelForCausalLM.from_pretrained(tmp_path / "merged").eval()
+    assert response_loss(merged, examples) == pytest.approx(evaluated[-1]["response_loss"]["all"], rel=1e-4)
+    load_tokenizer(str(tmp_path / "merged"))
+
+
+@pytest.mark.parametrize("name", MIXED)
+def test_mixed_ranks(fedit, recipe, tmp_path, name: str) -> None:
+    rounds = run_rule(fedit, recipe, tmp_path / "run", name, "adapter.rank=[4, 1]")
+    # Two clients of rank 4 and one of rank 1.
+    whole = (tmp_path / "run" / "adapter" / "adapter_model.safetensors").stat().st_size
+    assert 2.2 * whole < rounds[0]["bytes_up"] < 2.6 * whole
+    tensors = load_file(tmp_path / "run" / "adapter" / "adapter_model.safetensors")
+    assert all(4 in tensor.shape for tensor in tensors.values())
+
+
+def test_what_is_frozen_stays_and_does_not_travel(fedit, recipe, tmp_path) -> None:
+    """Bytes: FedIT sends both factors; FFA-LoRA, RoLoRA and FedSVD one; FedSA-LoRA A; FLoRA downloads all clients'."""
+    by_rule = {
+        name: run_rule(fedit, recipe, tmp_path / name, name)
+        for name in ("fedit", "ffa-lora", "rolora", "fedsvd", "fedsa-lora", "flora", "fedex-lora")
+    }
+    up, down = (
+        {n: [line[way] for line in rounds] for n, rounds in by_rule.items()} for way in ("bytes_up", "bytes_down")
+    )
+    assert up["fedit"] == down["fedit"] == [up["fedit"][0]] * 3
+    for name in ("ffa-lora", "fedsa-lora", "rolora"):
+        assert all(size < 0.75 * whole for size, whole in zip(up[name], up["fedit"], strict=True))
+    assert down["ffa-lora"] == up["ffa-lora"]
+    # A client gets what the round before trained; the first time, what is trained in it.
+    assert down["rolora"][1:] == up["rolora"][:2]
+    assert up["flora"] == up["fedit"]
+    assert down["flora"][0] == 3 * 16, "an empty message to each: the first adapter is drawn from the seed"
+    assert down["flora"][1] > 2 * down["fedit"][1]
+    assert up["fedsvd"] == up["ffa-lora"]
+    assert down["fedsvd"] == down["fedit"]
+    assert down["fedex-lora"][1] == pytest.approx(down["flora"][1], rel=0.2), "means and (K - 1) r, or K r"
+    for name, factors in {"fedit": "AB", "ffa-lora": "B", "rolora": "B", "fedsa-lora": "A", "fedsvd": "AB"}.items():
+        before, after = (
+            load_file(tmp_path / name / "checkpoints" / f"round-0000{index}.safetensors") for index in (2, 3)
+        )
+        moved = {tensor for tensor in after if not torch.equal(before[tensor], after[tensor])}
+        assert {tensor.rsplit(".", 2)[-2] for tensor in moved} == {f"lora_{factor}" for factor in factors}
+
+
+def test_moments_cannot_be_kept_of_factors_in_turn(fedit, recipe, tmp_path) -> None:
+    done = fedit("run", recipe, "--out", tmp_path / "run", "-o", "aggregation.name=rolora", "-o", "client.moments=keep")
+    assert done.status != 0
+    assert "trains its factors in turn" in done.stderr
+
+
+def test_a_clients_own_model_is_named(fedit, recipe, tmp_path) -> None:
+    run_rule(fedit, recipe, tmp_path / "run", "fedsa-lora")
+    for chosen in ([], ["--client", "client9"]):
+        done = fedit("export", tmp_path / "run", "--merged", tmp_path / "merged", *chosen)
+        assert done.status != 0
+        assert "a model for each client" in done.stderr
+    run_rule(fedit, recipe, tmp_path / "plain", "fedit")
+    done = fedit("export", tmp_path / "plain", "--merged", tmp_path / "merged", "--client", "client0")
+    assert done.status != 0
+    assert "one model for all clients" in done.stderr
