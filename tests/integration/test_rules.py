@@ -142,7 +142,11 @@ def test_moments_cannot_be_kept_of_factors_in_turn(fedit, recipe, tmp_path) -> N
 
 
 def test_a_clients_own_model_is_named(fedit, recipe, tmp_path) -> None:
-    run_rule(fedit, recipe, tmp_path / "run", "fedsa-lora")
+    run_rule(fedit, recipe, tmp_path / "run", "fedsa-lora", "evaluation.baselines=true")
+    report = (tmp_path / "run" / "report.html").read_text()
+    assert "mean of 3 clients' own models" in report.replace("&#39;", "'")
+    assert "leaves each client a model of its own" in report
+    assert "All of them receive the same" not in report
     for chosen in ([], ["--client", "client9"]):
         done = fedit("export", tmp_path / "run", "--merged", tmp_path / "merged", *chosen)
         assert done.status != 0

@@ -20,7 +20,7 @@ class Sample:
     row: Mapping[str, Any]
     """Any model's line: category, instruction, context, reference"""
     answers: Mapping[str, Mapping[str, Any]]
-    """By model, in the page's order; ``local`` is the median client's"""
+    """By model, in the page's order; ``local`` is the median client's, as is ``federated`` if each has its own"""
 
 
 @dataclass(frozen=True, slots=True)
@@ -50,10 +50,10 @@ def choose_samples(run: RunFolder) -> Samples:
             first[category], lines[category] = line["index"], {}
         lines[category][model] = line
 
-    losses = {model: nll[model] / max(1, num_tokens[model]) for model in nll if model.startswith("local/")}
-    by_loss = sorted(losses, key=lambda model: math.inf if math.isnan(losses[model]) else losses[model])
-    median = by_loss[(len(by_loss) - 1) // 2] if by_loss else None
-    names = {"base": "base", "local": median, "central": "central", "federated": "federated"}
+    losses = {model: nll[model] / max(1, num_tokens[model]) for model in nll}
+    median = _median(losses, "local/")
+    names = {"base": "base", "local": median, "central": "central"}
+    names["federated"] = _median(losses, "federated/") or "federated"
     rows = [
         Sample(
             row=next(iter(lines[category].values())),
@@ -66,3 +66,12 @@ def choose_samples(run: RunFolder) -> Samples:
         num_left_out=max(0, len(rows) - MAX_CATEGORIES),
         local_client=median.removeprefix("local/") if median else None,
     )
+
+
+def _median(losses: Mapping[str, float], prefix: str) -> str | None:
+    """Return the model of the (lower) median loss among those of clients."""
+    owned = {
+        model: math.inf if math.isnan(loss) else loss for model, loss in losses.items() if model.startswith(prefix)
+    }
+    by_loss = sorted(owned, key=owned.__getitem__)
+    return by_loss[(len(by_loss) - 1) // 2] if by_loss else None

@@ -33,7 +33,7 @@ def final_table(evaluation: Mapping[str, Any]) -> RenderableType:
         table.add_row(
             Text(str(MODEL_LABELS.get(name, name))),
             *cells,
-            _tokens(model),
+            _tokens(name, model),
             style="bold" if name == "federated" else "",
         )
     closed = evaluation.get("gap_closed")
@@ -44,9 +44,9 @@ def final_table(evaluation: Mapping[str, Any]) -> RenderableType:
     return table
 
 
-def _tokens(model: Mapping[str, Any]) -> str:
+def _tokens(name: str, model: Mapping[str, Any]) -> str:
     """Return the training tokens; of local-only, the mean of so many models."""
-    clients = model.get("per_client")
+    clients = model.get("per_client") if name == "local" else None
     return f"{len(clients)} × {count(model['tokens'])}" if clients else count(model["tokens"])
 
 
