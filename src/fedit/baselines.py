@@ -51,7 +51,7 @@ class Trained:
 def local_tasks(config: RunConfig, data: FederatedData, initial: Adapter) -> list[TuningTask]:
     """Return one training per client, on its own rows only."""
     clients = list(data.clients)
-    share = config.cohort.num_sampled(len(clients)) / len(clients)
+    share = config.cohort.expected_share(len(clients))
     tasks = []
     for client in clients:
         examples = data.clients[client]

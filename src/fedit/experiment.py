@@ -160,7 +160,7 @@ def _federated(run: _Run) -> tuple[Adapter, dict[str, Adapter]]:
         watch.lap(0)  # evaluating and saving belong to no round's tokens per second
 
     engine = Simulation(config, run.model, run.data.clients, ClientStore(run.folder / "clients"), run.step_done)
-    share = config.cohort.num_sampled(len(run.data.clients)) / len(run.data.clients)
+    share = config.cohort.expected_share(len(run.data.clients))
     per_round = share * sum(_round_tokens(config, examples) for examples in run.data.clients.values())
     run.notify(PhaseStarted("federated", round((config.rounds - state.round_index) * per_round)))
     adapter = train(config, engine, state, finish_round).adapter

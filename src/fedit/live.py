@@ -98,7 +98,7 @@ def _round_cells(event: RoundFinished) -> list[str]:
     return [
         f"{record.round}/{event.num_rounds}",
         f"{answered}/{len(record.cohort)}",
-        f"{record.train_loss:.3f}",
+        "" if record.train_loss is None else f"{record.train_loss:.3f}",
         "" if record.test_loss is None else f"{record.test_loss:.3f}",
         f"{record.tokens / max(1e-9, event.seconds):,.0f}",
         size(record.bytes_up),
@@ -110,5 +110,5 @@ def _round_line(event: RoundFinished) -> str:
     number, clients, train_loss, test_loss, rate, up, down = _round_cells(event)
     held_out = f", held-out loss {test_loss}" if test_loss else ""
     failed = "".join(f"; {client} failed: {reason}" for client, reason in event.record.failures.items())
-    losses = f"train loss {train_loss}{held_out}"
+    losses = f"train loss {train_loss or 'none'}{held_out}"
     return f"round {number}: {clients} clients, {losses}, {rate} tokens/s, up {up}, down {down}{failed}"

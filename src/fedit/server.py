@@ -11,6 +11,7 @@ from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 
+import numpy as np
 import torch
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save
@@ -53,8 +54,8 @@ class RoundRecord:
     """Counted from 1."""
     cohort: list[str]
     failures: dict[str, str]
-    train_loss: float
-    """Mean over the clients' local training losses, weighted by their tokens, nats."""
+    train_loss: float | None
+    """Mean over the clients' local training losses, weighted by their tokens, nats; None: nobody was sampled."""
     update_norm: float
     """L2 norm of the step of the global adapter."""
     aggregation_loss: float | None
@@ -85,8 +86,11 @@ def train(
 
 
 def run_round(config: RunConfig, engine: Engine, state: ServerState) -> tuple[ServerState, RoundRecord]:
-    """Sample a cohort, let it tune, aggregate, move the global adapter."""
+    """Sample a cohort, let it tune, aggregate, move the global adapter. An empty cohort leaves everything as it is."""
     cohort = sample_cohort(config, engine.client_ids(), state.round_index)
+    if not cohort:
+        record = RoundRecord(state.round_index + 1, [], {}, None, 0.0, None, 0, 0, 0)
+        return replace(state, round_index=state.round_index + 1), record
     history = participation(config, engine.client_ids(), state.round_index)
     tasks = []
     for client in cohort:
@@ -132,9 +136,15 @@ def next_side(adapter: Adapter, result: Aggregate) -> dict[str, LowRank]:
 
 
 def sample_cohort(config: RunConfig, client_ids: Sequence[str], round_index: int) -> list[str]:
-    """Return the round's clients, drawn uniformly without replacement, in client order."""
-    rng = derive_rng(config.seed, "cohort", round_index)
-    chosen = rng.choice(len(client_ids), config.cohort.num_sampled(len(client_ids)), replace=False)
+    """Return the round's clients, in client order; `poisson` may draw none."""
+    rng, num_clients = derive_rng(config.seed, "cohort", round_index), len(client_ids)
+    size = config.cohort.num_sampled(num_clients)
+    if config.cohort.sampling == "poisson":
+        chosen = np.flatnonzero(rng.random(num_clients) < config.cohort.expected_share(num_clients))
+    elif config.cohort.sampling == "round_robin":
+        chosen = (round_index * size + np.arange(size)) % num_clients
+    else:
+        chosen = rng.choice(num_clients, size, replace=False)
     return [client_ids[int(index)] for index in sorted(chosen)]
 
 

@@ -133,6 +133,19 @@ def test_local_steps_and_a_sampled_cohort(fedit, recipe, tmp_path) -> None:
     assert configured(run).client.local_steps == 3
 
 
+@pytest.mark.parametrize("sampling", ["poisson", "round_robin"])
+def test_other_samplings_of_the_cohort(fedit, recipe, tmp_path, sampling: str) -> None:
+    """Poisson at a third of three clients draws nobody in 3 rounds of 10; the report says so and the run goes on."""
+    run = tmp_path / "run"
+    chosen = [f"cohort.sampling={sampling}", "cohort.size=1", "rounds=10", "client.moments=keep"]
+    done = fedit("run", recipe, "--out", run, *FAST, *[part for option in chosen for part in ("-o", option)])
+    assert done.status == 0, done.stderr
+    sizes = [len(line["cohort"]) for line in rounds(run)]
+    assert sizes == [1] * 10 if sampling == "round_robin" else len(set(sizes)) > 1 and 0 in sizes
+    assert (sampling == "poisson") == ("0/0 clients, train loss none" in done.stderr)
+    assert (run / "report.html").is_file()
+
+
 def test_mixed_ranks(fedit, recipe, tmp_path) -> None:
     run = tmp_path / "run"
     done = fedit("run", recipe, "--out", run, "-o", "adapter.rank=[4, 1]", "-o", "aggregation.name=flexlora")

@@ -307,6 +307,35 @@ def test_without_a_size_everybody_takes_part() -> None:
     assert sample_cohort(config(), CLIENTS, 0) == CLIENTS
 
 
+def test_poisson_cohorts_have_each_client_by_itself() -> None:
+    """1,000 rounds at rate 0.05 of 100: sizes have the mean 5 and the variance 4.75 of a binomial, not 0."""
+    run = config(cohort={"fraction": 0.05, "sampling": "poisson"}, partition={"name": "iid", "num_clients": 100})
+    drawn = [sample_cohort(run, MANY, index) for index in range(1000)]
+    sizes = [len(cohort) for cohort in drawn]
+    assert np.mean(sizes) == pytest.approx(5, abs=0.3)
+    assert np.var(sizes) == pytest.approx(4.75, rel=0.2)
+    counts = Counter(client for cohort in drawn for client in cohort)
+    assert max(abs(counts[client] - 50) for client in MANY) < 32  # 4.6 sd
+    by_size = config(cohort={"size": 5, "sampling": "poisson"}, partition={"name": "iid", "num_clients": 100})
+    assert [sample_cohort(by_size, MANY, index) for index in range(1000)] == drawn
+
+
+def test_a_round_that_draws_nobody_changes_nothing_but_its_number() -> None:
+    run = config(cohort={"fraction": 1e-9, "sampling": "poisson"})
+    state = ServerState(1, random_adapter(0), {"x": torch.ones(1)}, 5)
+    after, record = run_round(run, FakeEngine(), state)
+    assert (after.round_index, after.side_step_bytes) == (2, 5)
+    assert after.adapter is state.adapter
+    assert after.optimizer_state is state.optimizer_state
+    assert (record.round, record.cohort, record.train_loss, record.tokens) == (2, [], None, 0)
+    assert record.bytes_up == record.bytes_down == 0
+
+
+def test_round_robin_takes_the_next_ones() -> None:
+    run = config(cohort={"size": 2, "sampling": "round_robin"})
+    assert [sample_cohort(run, CLIENTS, index) for index in range(3)] == [["c0", "c1"], ["c0", "c2"], ["c1", "c2"]]
+
+
 # -------------------------------------------------------------------------------------------------------- wire size
 
 

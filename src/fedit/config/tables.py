@@ -141,8 +141,11 @@ class ClientConfig(Table):
 
 
 class CohortConfig(Table):
-    """The clients sampled, uniformly without replacement, in each round."""
+    """The clients sampled in each round."""
 
+    sampling: Literal["uniform", "poisson", "round_robin"] = "uniform"
+    """uniform: so many without replacement; poisson: each client by itself, with this probability, so that cohorts vary
+    and may be empty; round_robin: the next so many in client order, over and over."""
     fraction: float | None = Field(default=None, gt=0, le=1)
     size: int | None = Field(default=None, ge=1)
     """Fraction or number of the clients; neither: all of them."""
@@ -158,10 +161,16 @@ class CohortConfig(Table):
         return self
 
     def num_sampled(self, num_clients: int) -> int:
-        """Return the cohort's size among `num_clients`, at least 1."""
+        """Return the cohort's size among `num_clients`, at least 1 (of Poisson sampling, about the mean size)."""
         if self.size is not None:
             return self.size
         return max(1, round((1.0 if self.fraction is None else self.fraction) * num_clients))
+
+    def expected_share(self, num_clients: int) -> float:
+        """Return the share of `num_clients` that a cohort has, or is expected to have: a client's probability."""
+        if self.sampling == "poisson" and self.fraction is not None:
+            return self.fraction
+        return self.num_sampled(num_clients) / num_clients
 
 
 class EvaluationConfig(Table):
