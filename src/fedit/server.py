@@ -241,9 +241,10 @@ def unusable(task: ClientTask, result: ClientUpdate, shared: Collection[str] = F
         return f"the update is not finite ({len(broken)} tensors, first {broken[0]})"
     if not math.isfinite(result.loss):
         return f"the training loss is not finite: {result.loss}"
-    counts = {name: getattr(result, name) for name in ("num_examples", "num_tokens", "num_steps")}
-    if min(counts.values()) < 0:
-        return f"negative counts: {', '.join(f'{name} {count}' for name, count in counts.items())}"
+    if result.num_examples < 0 or result.num_tokens < 0:
+        return f"negative counts: num_examples {result.num_examples}, num_tokens {result.num_tokens}"
+    if result.num_steps < 1:
+        return f"num_steps is {result.num_steps}: no update without a step"
     return None
 
 

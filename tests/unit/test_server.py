@@ -191,6 +191,7 @@ FAILURES: dict[str, tuple[Answer, str]] = {
     "nan_loss": (counted(loss=float("nan")), "training loss is not finite"),
     "negative_rows": (counted(num_examples=-1), "num_examples -1"),
     "negative_tokens": (counted(num_tokens=-5), "num_tokens -5"),
+    "no_step": (counted(num_steps=0), "num_steps is 0"),
 }
 
 

@@ -65,13 +65,13 @@ def combine(
             sums[name] = sums[name] + weight * tensor if name in sums else weight * tensor
         for module, matrix in does.items():
             _add_term(terms[module], matrix * weight)
-    factor = weights.normaliser()
-    product = {module: LowRank.sum(parts) * factor for module, parts in terms.items()}
-    rest = 1 - weights.total * factor
+    divisor = weights.divisor()
+    product = {module: LowRank.sum(parts) * (1 / divisor) for module, parts in terms.items()}
+    rest = 1 - weights.total / divisor
     if weighting == "fednova":  # its weights do not add up to 1: what moves is the difference from what was received
         product = {m: product[m] + matrix * (adapter.scaling * rest) for m, matrix in low_rank(adapter).items()}
     return Mean(
-        {name: tensor * factor for name, tensor in sums.items()},
+        {name: tensor / divisor for name, tensor in sums.items()},
         {module: matrix.compact() for module, matrix in product.items()},
     )
 
@@ -156,7 +156,7 @@ def largest(product: Modules, adapter: Adapter) -> tuple[dict[str, LowRank], dic
 
 
 class _Weights:
-    """The weight of each update as it comes, and the factor that makes their weighted sum a mean."""
+    """The weight of each update as it comes, and what their weighted sum is divided by to be a mean."""
 
     def __init__(self, weighting: WeightingByNorm) -> None:
         self._weighting = weighting
@@ -186,13 +186,14 @@ class _Weights:
         self.total += weight
         return weight
 
-    def normaliser(self) -> float:
+    def divisor(self) -> float:
+        """Return what turns the weighted sum into the mean; raise RoundError where nobody has a weight."""
         if self.total == 0:
             raise RoundError(
                 f"No update of this round has a positive weight (weighting = {self._weighting!r}): clients with "
                 "num_examples = 0?"
             )
-        return self._steps / self._rows**2 if self._weighting == "fednova" else 1 / self.total
+        return self._rows**2 / self._steps if self._weighting == "fednova" else self.total
 
 
 def _of_full_rank(adapter: Adapter, received: Adapter, update: Mapping[str, Tensor]) -> dict[str, Tensor]:
