@@ -24,6 +24,8 @@ import threading
 import time
 from pathlib import Path
 
+from versus_trainer import load_rows
+
 MARKER = "FEDIT_BENCHMARK_RUN"
 """An environment variable that all processes of a side inherit, Ray's daemons too."""
 TICKS = os.sysconf("SC_CLK_TCK")
@@ -73,35 +75,8 @@ def parse_arguments() -> argparse.Namespace:
     parser.add_argument("--threads", type=int, default=1, help="of a Flower client; as many run as there are cores")
     parser.add_argument("--repetitions", type=int, default=3)
     parser.add_argument("--only", help=argparse.SUPPRESS)
+    parser.set_defaults(device="cpu")
     return parser.parse_args()
-
-
-def load(arguments: argparse.Namespace):
-    """Return the configuration and the first rows of each client."""
-    from fedit.config import load_config
-    from fedit.prepare import prepare_data
-
-    config = load_config(
-        "default",
-        [
-            f"model.path={arguments.model}",
-            f"model.dtype={arguments.dtype}",
-            f"data.path={arguments.data}",
-            f"data.max_length={arguments.max_length}",
-            f"partition.num_clients={arguments.clients}",
-            f"adapter.rank={arguments.rank}",
-            f"adapter.alpha={2 * arguments.rank}",
-            "client.local_steps=none",
-            "client.local_epochs=1",
-            "client.moments=reset",
-            "server_optimizer.learning_rate=1",
-            f"client.batch_size={arguments.batch_size}",
-            f"rounds={arguments.rounds}",
-            "engine.device=cpu",
-        ],
-    )
-    clients = {name: list(rows)[: arguments.rows] for name, rows in prepare_data(config).clients.items()}
-    return config, clients
 
 
 def write_rows(arguments: argparse.Namespace, folder: Path) -> int:
@@ -110,7 +85,7 @@ def write_rows(arguments: argparse.Namespace, folder: Path) -> int:
 
     from fedit.base import resolve_path
 
-    config, clients = load(arguments)
+    config, clients = load_rows(arguments)
     rows = [row for own in clients.values() for row in own]
     np.savez(
         folder / "rows.npz",
@@ -145,7 +120,7 @@ def run_fedit(arguments: argparse.Namespace) -> None:
         with (folder / "rounds.txt").open("a", encoding="utf-8") as file:
             file.write(f"{time.time()}\n")
 
-    config, clients = load(arguments)
+    config, clients = load_rows(arguments)
     model = StackedModel(
         load_base(config.model, resolve_device("cpu")), load_tokenizer(config.model.path), config.adapter
     )

@@ -79,6 +79,7 @@ def parse_arguments() -> argparse.Namespace:
     parser.add_argument("--repetitions", type=int, default=3)
     parser.add_argument("--json", action="store_true")
     parser.add_argument("--only", choices=WAYS, help=argparse.SUPPRESS)
+    parser.set_defaults(rounds=1)
     return parser.parse_args()
 
 
@@ -88,28 +89,9 @@ def measure(way: str, arguments: argparse.Namespace) -> dict[str, float]:
 
     from fedit.base import load_base, resolve_device
     from fedit.bench import load_shape
-    from fedit.config import load_config
-    from fedit.prepare import prepare_data
 
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "true")
-    overrides = [
-        f"model.path={arguments.model}",
-        f"model.dtype={arguments.dtype}",
-        f"data.path={arguments.data}",
-        f"data.max_length={arguments.max_length}",
-        f"partition.num_clients={arguments.clients}",
-        f"adapter.rank={arguments.rank}",
-        f"adapter.alpha={2 * arguments.rank}",
-        "client.local_steps=none",
-        "client.local_epochs=1",
-        "client.moments=reset",
-        f"client.batch_size={arguments.batch_size}",
-        f"engine.device={arguments.device}",
-        "rounds=1",
-    ]
-    config = load_config("default", overrides)
-    data = prepare_data(config)
-    clients = {name: list(rows)[: arguments.rows] for name, rows in data.clients.items()}
+    config, clients = load_rows(arguments)
     device = resolve_device(arguments.device)
     shape = arguments.shape
     base = load_shape(shape, arguments.dtype, device) if shape else load_base(config.model, device)
@@ -133,6 +115,31 @@ def measure(way: str, arguments: argparse.Namespace) -> dict[str, float]:
         if device.type == "cuda"
         else resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit,
     }
+
+
+def load_rows(arguments: argparse.Namespace):
+    """Return the configuration and the first rows of each client, encoded."""
+    from fedit.config import load_config
+    from fedit.prepare import prepare_data
+
+    overrides = [
+        f"model.path={arguments.model}",
+        f"model.dtype={arguments.dtype}",
+        f"data.path={arguments.data}",
+        f"data.max_length={arguments.max_length}",
+        f"partition.num_clients={arguments.clients}",
+        f"adapter.rank={arguments.rank}",
+        f"adapter.alpha={2 * arguments.rank}",
+        "client.local_steps=none",
+        "client.local_epochs=1",
+        "client.moments=reset",
+        "server_optimizer.learning_rate=1",
+        f"client.batch_size={arguments.batch_size}",
+        f"engine.device={arguments.device}",
+        f"rounds={arguments.rounds}",
+    ]
+    config = load_config("default", overrides)
+    return config, {name: list(rows)[: arguments.rows] for name, rows in prepare_data(config).clients.items()}
 
 
 def run_fedit(config, base):

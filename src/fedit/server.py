@@ -105,7 +105,7 @@ def run_round(config: RunConfig, engine: Engine, state: ServerState) -> tuple[Se
     adapter, optimizer_state = config.server_optimizer.apply(state.adapter, result.delta, state.optimizer_state)
     adapter = replace(adapter, side=next_side(state.adapter, result))
     update_norm = distance(adapter, state.adapter)
-    if not math.isfinite(update_norm) or not all(math.isfinite(part.norm()) for part in adapter.side.values()):
+    if not math.isfinite(update_norm) or not _is_finite(side_tensors(adapter.side)):
         raise RoundError(
             f"Round {state.round_index + 1}: the new global adapter is not finite. Lower the rates of [client] or "
             "[server_optimizer]. The checkpoint of the round before is intact."
@@ -123,6 +123,10 @@ def run_round(config: RunConfig, engine: Engine, state: ServerState) -> tuple[Se
     )
     side_step_bytes = wire_size(side_tensors(result.side_step)) if result.side_step else 0
     return ServerState(state.round_index + 1, adapter, optimizer_state, side_step_bytes), record
+
+
+def _is_finite(tensors: Mapping[str, Tensor]) -> bool:
+    return all(bool(torch.isfinite(tensor).all()) for tensor in tensors.values())
 
 
 def next_side(adapter: Adapter, result: Aggregate) -> dict[str, LowRank]:

@@ -9,7 +9,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from peft import PeftModel
+from peft import LoraModel, PeftModel
 from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM
 
@@ -35,11 +35,8 @@ def run_rule(fedit, recipe: Path, out: Path, name: str, *options: str) -> list[d
     return rounds
 
 
-def test_rows(run: Path) -> list[EncodedExample]:
+def held_out_rows(run: Path) -> list[EncodedExample]:
     return list(prepare_data(parse_config(json.loads((run / "config.json").read_text())["config"])).test)
-
-
-test_rows.__test__ = False  # type: ignore[attr-defined]
 
 
 def response_loss(model: torch.nn.Module, examples: list[EncodedExample]) -> float:
@@ -58,7 +55,8 @@ def peft_model(base_folder: Path, adapter: Path) -> torch.nn.Module:
     model = PeftModel.from_pretrained(AutoModelForCausalLM.from_pretrained(base_folder), str(adapter))
     if (adapter / "side").is_dir():
         model.load_adapter(str(adapter / "side"), "side")
-        model.base_model.set_adapter(["default", "side"])  # type: ignore[operator]
+        assert isinstance(model.base_model, LoraModel)
+        model.base_model.set_adapter(["default", "side"])
     return model.eval()
 
 
@@ -68,7 +66,7 @@ def test_a_run_ends_in_what_peft_and_transformers_load(fedit, recipe, tmp_path, 
     run = tmp_path / "run"
     rounds = run_rule(fedit, recipe, run, name, *(["aggregation.energy=1.0"] if name == "fedit-plus" else []))
     evaluation = json.loads((run / "evaluation.json").read_text())["models"]
-    examples = test_rows(run)
+    examples = held_out_rows(run)
     rule = Aggregation.resolve(name)
     if set(rule.shared(0)) == set(rule.trained(0)):
         adapters, evaluated = [run / "adapter"], [evaluation["federated"]]

@@ -58,13 +58,18 @@ class FedAvgM(ServerOptimizer):
         self, adapter: Adapter, delta: Mapping[str, Tensor], state: Mapping[str, Tensor]
     ) -> tuple[Adapter, Mapping[str, Tensor]]:
         velocity = {name: self.momentum * state[name] + d if name in state else d for name, d in delta.items()}
-        return _moved(adapter, velocity, self.learning_rate), {**state, **velocity}
+        step = {name: self._direction(d, velocity[name]) for name, d in delta.items()}
+        return _moved(adapter, step, self.learning_rate), {**state, **velocity}
+
+    def _direction(self, d: Tensor, velocity: Tensor) -> Tensor:
+        """Return where to step for the aggregate D and the new velocity."""
+        return velocity
 
     def check(self, run: RunConfig) -> None:
         _needs_one_basis(self, run)
 
 
-class Nesterov(ServerOptimizer):
+class Nesterov(FedAvgM):
     """The outer optimizer of DiLoCo (2311.08105): v <- momentum v + D; theta <- theta + learning_rate (D + momentum v).
 
     Its clients run AdamW with moments of their own, `[client] moments = "keep"`. Refused where `fedavgm` is.
@@ -74,18 +79,10 @@ class Nesterov(ServerOptimizer):
     """
 
     name: ClassVar[str] = "nesterov"
-    momentum: float = Field(default=0.9, ge=0, lt=1)
     learning_rate: float = Field(default=0.7, gt=0)
 
-    def apply(
-        self, adapter: Adapter, delta: Mapping[str, Tensor], state: Mapping[str, Tensor]
-    ) -> tuple[Adapter, Mapping[str, Tensor]]:
-        velocity = {name: self.momentum * state[name] + d if name in state else d for name, d in delta.items()}
-        ahead = {name: d + self.momentum * velocity[name] for name, d in delta.items()}
-        return _moved(adapter, ahead, self.learning_rate), {**state, **velocity}
-
-    def check(self, run: RunConfig) -> None:
-        _needs_one_basis(self, run)
+    def _direction(self, d: Tensor, velocity: Tensor) -> Tensor:
+        return d + self.momentum * velocity
 
 
 class FedAdagrad(ServerOptimizer):
