@@ -17,13 +17,13 @@ from typing import TYPE_CHECKING, Any
 from safetensors import safe_open
 from safetensors.torch import save
 
+from fedit.cohort import client_rank, mean_share
 from fedit.config import RunConfig
 from fedit.evaluation.metrics import LOCAL_PREFIX
 from fedit.files import write_atomically
 from fedit.interfaces import Adapter, derive_seed
 from fedit.model import StackedModel
 from fedit.prepare import FederatedData
-from fedit.server import client_rank
 from fedit.tuning import Moments, TuningTask, tune
 
 if TYPE_CHECKING:
@@ -50,8 +50,8 @@ class Trained:
 
 def local_tasks(config: RunConfig, data: FederatedData, initial: Adapter) -> list[TuningTask]:
     """Return one training per client, on its own rows only."""
-    clients = list(data.clients)
-    share = config.cohort.expected_share(len(clients))
+    clients = {client: len(examples) for client, examples in data.clients.items()}
+    share = mean_share(config, clients)
     tasks = []
     for client in clients:
         examples = data.clients[client]

@@ -25,6 +25,7 @@ import torch
 
 from fedit.base import load_base, load_tokenizer, resolve_device, weights_digest
 from fedit.baselines import Trained, central_task, local_tasks, saved_tokens, train_baseline
+from fedit.cohort import mean_share
 from fedit.config import RunConfig
 from fedit.engines.client_store import ClientStore
 from fedit.engines.simulation import Simulation
@@ -140,7 +141,10 @@ def _federated(run: _Run) -> tuple[Adapter, dict[str, Adapter]]:
     their own.
     """
     config, checkpoints, rounds = run.config, run.folder / "checkpoints", run.folder / "rounds.jsonl"
-    state = load_state(checkpoints) or ServerState(0, run.initial)
+    state = load_state(checkpoints)
+    if state is None:
+        rng = derive_rng(config.seed, "initial")
+        state = ServerState(0, config.aggregation.initial(run.initial, run.model.weight, rng))
     keep_lines(rounds, state.round_index)
     keep_lines(run.folder / "timings.jsonl")
     watch = _Watch()
@@ -160,7 +164,7 @@ def _federated(run: _Run) -> tuple[Adapter, dict[str, Adapter]]:
         watch.lap(0)  # evaluating and saving belong to no round's tokens per second
 
     engine = Simulation(config, run.model, run.data.clients, ClientStore(run.folder / "clients"), run.step_done)
-    share = config.cohort.expected_share(len(run.data.clients))
+    share = mean_share(config, engine.clients())
     per_round = share * sum(_round_tokens(config, examples) for examples in run.data.clients.values())
     run.notify(PhaseStarted("federated", round((config.rounds - state.round_index) * per_round)))
     adapter = train(config, engine, state, finish_round).adapter

@@ -33,8 +33,10 @@ SIDE_FOLDER = "side"
 def save_adapter(adapter: Adapter, config: RunConfig, model: StackedModel, folder: Path) -> None:
     """Write `adapter` so that ``PeftModel.from_pretrained(base, folder)`` loads it; its tokenizer lies beside it.
 
-    Its side, if it has one, is a second PEFT adapter in ``folder/side``, to be used together with the first.
+    Its side, if it has one, is a second PEFT adapter in ``folder/side``, to be used together with the first. Its cores,
+    if it has them, are multiplied into B: any program that loads LoRA adapters loads it.
     """
+    adapter = adapter.plain()
     described = LoraConfig(
         base_model_name_or_path=resolve_path(config.model.path),
         task_type=TaskType.CAUSAL_LM,

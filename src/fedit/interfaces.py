@@ -5,21 +5,21 @@ Extension points:        Template, Partition, Aggregation, ServerOptimizer (each
 Errors, one tree:        FeditError > ConfigError, DataError, RoundError, EngineError
 Randomness, one source:  derive_rng(seed, purpose, ...)
 
-An adapter tensor is named as PEFT names it, without PEFT's prefix: ``<module>.lora_A.weight`` is A [r, n] and
-``<module>.lora_B.weight`` is B [m, r] for a linear layer of n inputs and m outputs. The adapted layer computes
-``W0 x + (lora_alpha / rank) B A x``; ``lora_A`` and ``lora_B`` are the two factors.
+What travels is an `Adapter`, LoRA tensors by name; ``lora_A`` and ``lora_B`` are its factors (`fedit.adapter`).
 """
 
 from __future__ import annotations
 
 import difflib
 import hashlib
-from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any, ClassVar, Protocol, Self
 
 import numpy as np
 from pydantic import BaseModel, ConfigDict, SerializerFunctionWrapHandler, model_serializer
+
+from fedit.adapter import FACTORS, Adapter
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -140,53 +140,6 @@ class Segment:
 # --------------------------------------------------------------------------------------------------- what travels
 
 
-FACTORS = ("lora_A", "lora_B")
-
-
-def factor_of(name: str) -> str:
-    """Return which factor a tensor is, e.g. ``lora_B`` for ``model.layers.0.q_proj.lora_B.weight``."""
-    return name.rsplit(".", 2)[-2]
-
-
-@dataclass(frozen=True, slots=True, eq=False)
-class Adapter:
-    """LoRA tensors (float32, CPU) by name; also the shape of an update, the difference of two adapters."""
-
-    tensors: Mapping[str, Tensor]
-    rank: int
-    lora_alpha: float
-    side: Mapping[str, LowRank] = field(default_factory=dict)
-    """What rules that keep more than `rank` components leave beside it, by module: a frozen change of the base, which
-    is never folded into the weights (in bfloat16 they would swallow small steps). The adapted layer adds its product,
-    without a scaling. Empty for most rules."""
-
-    @property
-    def scaling(self) -> float:
-        return self.lora_alpha / self.rank
-
-    def modules(self) -> list[str]:
-        """The adapted linear layers, in order."""
-        return [name.removesuffix(".lora_A.weight") for name in self.tensors if name.endswith(".lora_A.weight")]
-
-    def cut(self, rank: int) -> Adapter:
-        """Return the first `rank` components, rescaled so that they do the same under ``lora_alpha / rank``."""
-        if rank == self.rank:
-            return self
-        factor = (rank / self.rank) ** 0.5
-        tensors = {
-            name: factor * (tensor[:rank] if name.endswith(".lora_A.weight") else tensor[:, :rank])
-            for name, tensor in self.tensors.items()
-        }
-        return Adapter(tensors, rank, self.lora_alpha, self.side)
-
-    def with_tensors(self, tensors: Mapping[str, Tensor]) -> Adapter:
-        return Adapter(tensors, self.rank, self.lora_alpha, self.side)
-
-    def only(self, factors: Collection[str]) -> dict[str, Tensor]:
-        """Return the tensors of some factors."""
-        return {name: tensor for name, tensor in self.tensors.items() if factor_of(name) in factors}
-
-
 @dataclass(frozen=True, slots=True, eq=False)
 class ClientTask:
     """What the server asks of one client: tune the received adapter in this round."""
@@ -242,8 +195,8 @@ class Aggregate:
 class Engine(Protocol):
     """Where clients live. The server loop sees nothing else of them."""
 
-    def client_ids(self) -> Sequence[str]:
-        """Every registered client, in a fixed order."""
+    def clients(self) -> Mapping[str, int]:
+        """Every registered client and the rows that it says it holds, in a fixed order."""
         ...
 
     def run(self, tasks: Sequence[ClientTask]) -> Iterator[ClientUpdate | ClientFailure]:
@@ -356,6 +309,13 @@ class Aggregation(Plugin):
     """Whether part of what was learned goes beside the adapter, so that only the whole step means anything."""
     rotation_invariant: ClassVar[bool] = False
     """Whether a client may turn its factors, (B Q, Q^T A) with orthogonal Q, without changing what comes out."""
+
+    def initial(self, adapter: Adapter, weight: Callable[[str], Tensor], rng: np.random.Generator) -> Adapter:
+        """Return what the first round starts from: the untrained `adapter`, or one made of it.
+
+        `weight` gives the frozen weight [m, n] of a module, float32.
+        """
+        return adapter
 
     def trained(self, round_index: int) -> Collection[str]:
         """Return the factors that clients train in a round."""

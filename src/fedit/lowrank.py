@@ -1,7 +1,8 @@
-"""Low-rank operators B A, never dense."""
+"""Low-rank operators B A, never dense, and sketches of them."""
 
 from __future__ import annotations
 
+import zlib
 from collections.abc import Sequence
 from dataclasses import dataclass
 
@@ -106,3 +107,40 @@ class LowRank:
     def dense(self) -> Tensor:
         """Return the m x n matrix itself (tests, and merging one layer into its base)."""
         return self.b @ self.a
+
+
+SKETCH_COLUMNS = 64
+
+
+@dataclass(frozen=True, eq=False)
+class Sketch:
+    """What is left of a matrix M [m, n] to measure it by: M G for a fixed random G [n, q] of signs.
+
+    ||M G||_F^2 / q is ||M||_F^2 in expectation, with a relative standard deviation of sqrt(2 / q) at most, and less
+    when it is added up over many matrices. Sums of sketches are sketches of sums.
+    """
+
+    image: Tensor
+    """M G, float64 [m, q]"""
+    signs: Tensor
+    """G"""
+
+    @staticmethod
+    def of(matrix: LowRank, name: str) -> Sketch:
+        """Return the sketch of a matrix, with the signs that belong to `name`."""
+        generator = torch.Generator().manual_seed(zlib.crc32(name.encode()))
+        signs = torch.randint(0, 2, (matrix.a.shape[1], SKETCH_COLUMNS), generator=generator).double() * 2 - 1
+        return Sketch(matrix.b @ (matrix.a @ signs), signs)
+
+    def __add__(self, matrix: LowRank) -> Sketch:
+        return Sketch(self.image + matrix.b @ (matrix.a @ self.signs), self.signs)
+
+    def __sub__(self, matrix: LowRank) -> Sketch:
+        return self + matrix * -1.0
+
+    def __mul__(self, factor: float) -> Sketch:
+        return Sketch(self.image * factor, self.signs)
+
+    def norm(self) -> float:
+        """Return the estimate of the Frobenius norm."""
+        return float(self.image.norm()) / self.signs.shape[1] ** 0.5

@@ -10,7 +10,7 @@ from __future__ import annotations
 import logging
 import math
 from collections.abc import Collection, Iterator, Mapping, Sequence
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, cast
 
 import numpy as np
 import torch
@@ -150,13 +150,13 @@ class StackedModel:
         """
         dtype = torch.promote_types(self.base.dtype, torch.float32)
         self.parameters = torch.zeros(num_slots, self.num_parameters, device=self.device, dtype=dtype)
-        self._factors = list(self._views(self.parameters))
+        self._factors = list(self.views(self.parameters))
         self._gradients = torch.zeros_like(self.parameters)
         self._copies = torch.zeros_like(self.parameters, dtype=self.base.dtype)
         self.scaling = torch.zeros(num_slots, device=self.device, dtype=dtype)
-        for layer, factors in self._views(self._copies):
+        for layer, factors in self.views(self._copies):
             layer.lora_A, layer.lora_B = (nn.Parameter(factor) for factor in factors)
-        for layer, factors in self._views(self._gradients):
+        for layer, factors in self.views(self._gradients):
             wanted = [factor if name in trained else None for name, factor in zip(FACTORS, factors, strict=True)]
             layer.gradient_A, layer.gradient_B = wanted
 
@@ -215,7 +215,7 @@ class StackedModel:
         gradients[:, self._num_first_factors :] *= self.scaling[slots, None]
         return gradients
 
-    def _views(self, stack: Tensor) -> Iterator[tuple[StackedLora, tuple[Tensor, Tensor]]]:
+    def views(self, stack: Tensor) -> Iterator[tuple[StackedLora, tuple[Tensor, Tensor]]]:
         """Yield every layer with its A [S, r, n] and B [S, m, r] in a matrix of the layout of `parameters`."""
         a_at, b_at = 0, self._num_first_factors
         for layer in self.layers:
@@ -224,6 +224,12 @@ class StackedModel:
             b = stack[:, b_at:b_end].view(len(stack), layer.num_outputs, self.rank)
             yield layer, (a, b)
             a_at, b_at = a_end, b_end
+
+    def weight(self, module: str) -> Tensor:
+        """Return the frozen weight [m, n] of an adapted layer, float32."""
+        layer = next(layer for layer in self.layers if layer.name == module)
+        weight = cast(Tensor, layer.base.weight).detach().float()
+        return weight.T if isinstance(layer.base, Conv1D) else weight
 
     def fresh_adapter(self, rng: np.random.Generator) -> Adapter:
         """Return an untrained adapter of the full rank as PEFT initialises it: A uniform in +-1/sqrt(n), B zero."""

@@ -9,12 +9,12 @@ from dataclasses import asdict, dataclass
 from typing import Any
 
 from fedit.base import context_length, load_tokenizer
+from fedit.cohort import check_clients, never_sampled
 from fedit.config import RunConfig
 from fedit.data import EncodingReport, encode_all, load_examples
 from fedit.evaluation.checks import passes
 from fedit.interfaces import ConfigError, DataError, EncodedExample, derive_rng
 from fedit.partition import partition_statistics
-from fedit.server import never_sampled
 
 
 @dataclass(frozen=True, eq=False)
@@ -52,15 +52,8 @@ def prepare_data(config: RunConfig) -> FederatedData:
     named, left = ({example.client for example in examples} for examples in (train_examples, [r.example for r in rows]))
     owners = config.partition.split([row.example for row in rows], derive_rng(config.seed, "partition"))
     clients = {client: [rows[index] for index in indices] for client, indices in owners.items()}
-    if config.cohort.size is not None and config.cohort.size > len(clients):
-        raise ConfigError(
-            f"[cohort] size = {config.cohort.size} is more than the {len(clients)} clients of the partition."
-        )
-    if config.cohort.min_updates > config.cohort.num_sampled(len(clients)):
-        raise ConfigError(
-            f"[cohort] min_updates = {config.cohort.min_updates} can never be reached: the partition has "
-            f"{len(clients)} clients, a cohort {config.cohort.num_sampled(len(clients))}."
-        )
+    sizes = {client: len(examples) for client, examples in clients.items()}
+    check_clients(config, sizes)
     summary = partition_statistics([row.example for row in rows], owners)
     for client, examples in clients.items():
         summary["clients"][client]["tokens"] = sum(len(example) for example in examples)
@@ -70,7 +63,7 @@ def prepare_data(config: RunConfig) -> FederatedData:
         raise DataError("A category is named 'all', which stands for the whole test set. Rename it in the data.")
     summary["encoding"] = {"train": _counts(train_report), "test": _counts(test_report)}
     summary["clients_without_rows"] = sorted(str(client) for client in named - left)
-    summary["never_sampled"] = never_sampled(config, list(clients))
+    summary["never_sampled"] = never_sampled(config, sizes)
     summary["fingerprint"] = _fingerprint({**clients, "\x1ftest": test})
     return FederatedData(clients, test, summary)
 

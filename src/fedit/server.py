@@ -11,12 +11,12 @@ from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 
-import numpy as np
 import torch
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save
 from torch import Tensor
 
+from fedit.cohort import client_rank, participation, sample_cohort
 from fedit.config import RunConfig
 from fedit.files import write_atomically
 from fedit.interfaces import (
@@ -87,14 +87,15 @@ def train(
 
 def run_round(config: RunConfig, engine: Engine, state: ServerState) -> tuple[ServerState, RoundRecord]:
     """Sample a cohort, let it tune, aggregate, move the global adapter. An empty cohort leaves everything as it is."""
-    cohort = sample_cohort(config, engine.client_ids(), state.round_index)
+    clients = engine.clients()
+    cohort = sample_cohort(config, clients, state.round_index)
     if not cohort:
         record = RoundRecord(state.round_index + 1, [], {}, None, 0.0, None, 0, 0, 0)
         return replace(state, round_index=state.round_index + 1), record
-    history = participation(config, engine.client_ids(), state.round_index)
+    history = participation(config, clients, state.round_index)
     tasks = []
     for client in cohort:
-        adapter = state.adapter.cut(client_rank(config, engine.client_ids(), client))
+        adapter = state.adapter.cut(client_rank(config, clients, client))
         tasks.append(ClientTask(client, state.round_index, adapter, len(history[client])))
     answers = _Answers(tasks, config.aggregation.shared(state.round_index))
     updates = answers.updates(engine.run(tasks), config.cohort.min_updates)
@@ -139,28 +140,6 @@ def next_side(adapter: Adapter, result: Aggregate) -> dict[str, LowRank]:
     return side
 
 
-def sample_cohort(config: RunConfig, client_ids: Sequence[str], round_index: int) -> list[str]:
-    """Return the round's clients, in client order; `poisson` may draw none."""
-    rng, num_clients = derive_rng(config.seed, "cohort", round_index), len(client_ids)
-    size = config.cohort.num_sampled(num_clients)
-    if config.cohort.sampling == "poisson":
-        chosen = np.flatnonzero(rng.random(num_clients) < config.cohort.expected_share(num_clients))
-    elif config.cohort.sampling == "round_robin":
-        chosen = (round_index * size + np.arange(size)) % num_clients
-    else:
-        chosen = rng.choice(num_clients, size, replace=False)
-    return [client_ids[int(index)] for index in sorted(chosen)]
-
-
-def participation(config: RunConfig, client_ids: Sequence[str], round_index: int) -> dict[str, list[int]]:
-    """Return the rounds before `round_index` whose cohort each client was in."""
-    rounds: dict[str, list[int]] = {client: [] for client in client_ids}
-    for index in range(round_index):
-        for client in sample_cohort(config, client_ids, index):
-            rounds[client].append(index)
-    return rounds
-
-
 def download_size(config: RunConfig, state: ServerState, task: ClientTask, rounds: Sequence[int]) -> int:
     """Return the bytes that a client needs to have the adapter of its task: what changed since its last round.
 
@@ -174,18 +153,6 @@ def download_size(config: RunConfig, state: ServerState, task: ClientTask, round
         was_there = bool(rounds) and rounds[-1] == task.round_index - 1
         size += min(whole, state.side_step_bytes) if was_there else whole
     return size
-
-
-def never_sampled(config: RunConfig, client_ids: Sequence[str]) -> list[str]:
-    """Return the clients that no round of this run will draw."""
-    drawn = {client for index in range(config.rounds) for client in sample_cohort(config, client_ids, index)}
-    return [client for client in client_ids if client not in drawn]
-
-
-def client_rank(config: RunConfig, client_ids: Sequence[str], client: str) -> int:
-    """Return the rank of a client's adapter: the clients take the configured ranks in turn."""
-    rank = config.adapter.rank
-    return rank if isinstance(rank, int) else rank[list(client_ids).index(client) % len(rank)]
 
 
 @dataclass(eq=False)

@@ -8,6 +8,7 @@ it alone. A finished slot is refilled with the next task.
 
 from __future__ import annotations
 
+import itertools
 import math
 from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
@@ -16,6 +17,7 @@ import numpy as np
 import torch
 
 from fedit.config import ClientConfig
+from fedit.core_stack import CoreStack
 from fedit.interfaces import FACTORS, Adapter, EncodedExample, derive_rng, derive_seed
 from fedit.model import StackedModel
 
@@ -107,14 +109,21 @@ def tune(
         EngineError: a task's adapter has another side than the first's; they share every pass through the base.
     """
     queue = iter(tasks)
-    model.allocate(num_slots, trained)
-    optimizer = StackedAdamW(model, config, trained)
+    if (first := next(queue, None)) is None:
+        return
+    queue = itertools.chain([first], queue)
+    stack: StackedModel | CoreStack = model
+    if set(trained) <= set(FACTORS):
+        model.allocate(num_slots, trained)
+    else:
+        stack = CoreStack(model, num_slots, first.adapter)
+    optimizer = StackedAdamW(stack, config, trained)
     free, live = list(range(num_slots)), list[_Slot]()
     while True:
         while free and (task := next(queue, None)) is not None:
             slot = _Slot(free.pop(0), task)
             model.set_side(task.adapter.side, shared=bool(live))
-            model.write(slot.index, task.adapter)
+            stack.write(slot.index, task.adapter)
             optimizer.start(slot.index, task.moments)
             slot.prepare(config.batch_size)
             live.append(slot)
@@ -129,7 +138,7 @@ def tune(
                 continue
             live.remove(slot)
             free.append(slot.index)
-            yield _finish(model, optimizer, slot, healthy)
+            yield _finish(stack, optimizer, slot, healthy)
 
 
 def _take_turn(live: Sequence[_Slot], limit: int) -> list[_Slot]:
@@ -193,13 +202,13 @@ def _add_gradients(
     return losses.cpu().numpy()
 
 
-def _finish(model: StackedModel, optimizer: StackedAdamW, slot: _Slot, healthy: bool) -> TuningResult:
+def _finish(stack: StackedModel | CoreStack, optimizer: StackedAdamW, slot: _Slot, healthy: bool) -> TuningResult:
     task = slot.task
     failure = None
     if not healthy:
         what = "loss" if not math.isfinite(slot.losses[-1]) else "gradient"
         failure = f"{what} is not finite at step {task.first_step + slot.step}; lower [client] learning_rate"
-    adapter = task.adapter.with_tensors(model.read(slot.index, task.adapter.rank))
+    adapter = task.adapter.with_tensors({**task.adapter.tensors, **stack.read(slot.index, task.adapter.rank)})
     moments = optimizer.moments(slot.index)
     return TuningResult(task, adapter, float(np.mean(slot.losses)), slot.num_tokens, moments, failure)
 
@@ -235,7 +244,9 @@ class StackedAdamW:
     One slot's numbers equal those of ``torch.nn.utils.clip_grad_norm_`` followed by ``torch.optim.AdamW``.
     """
 
-    def __init__(self, model: StackedModel, config: ClientConfig, trained: Collection[str] = FACTORS) -> None:
+    def __init__(
+        self, model: StackedModel | CoreStack, config: ClientConfig, trained: Collection[str] = FACTORS
+    ) -> None:
         self._model = model
         self._columns = model.columns(trained)
         self._weight_decay = config.weight_decay

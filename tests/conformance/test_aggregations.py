@@ -12,8 +12,9 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
+from fedit.adapter import factor_of
 from fedit.config import load_plugins, parse_config
-from fedit.interfaces import Adapter, Aggregate, Aggregation, ClientUpdate, ConfigError, factor_of, plugins
+from fedit.interfaces import Adapter, Aggregate, Aggregation, ClientUpdate, ConfigError, plugins
 from fedit.lowrank import LowRank
 from fedit.server import next_side
 
@@ -50,7 +51,9 @@ class Round:
     @classmethod
     def random(cls, rule: Aggregation, counts: Sequence[int], seed: int, ranks: Sequence[int] = (RANK,)) -> Round:
         rng = np.random.default_rng(seed)
-        adapter = random_adapter(rng)
+        adapter = rule.initial(random_adapter(rng), lambda layer: normal(rng, *LAYERS[layer]), rng)
+        moved = {name: normal(rng, *tensor.shape) for name, tensor in adapter.only(rule.trained(0)).items()}
+        adapter = adapter.with_tensors({**adapter.tensors, **moved})
         if rule.keeps_side:
             side = {layer: LowRank(normal(rng, m, 2), normal(rng, 2, n)) for layer, (m, n) in LAYERS.items()}
             adapter = replace(adapter, side=side)
@@ -88,13 +91,16 @@ def random_adapter(rng: np.random.Generator) -> Adapter:
 
 
 def effect(adapter: Adapter, step: dict[str, Tensor] | None = None) -> Tensor:
-    """Return s B A of all layers, dense, flat, float64."""
+    """Return s B A, or s B R A, of all layers, dense, flat, float64."""
+    moved = {name: tensor.double() + (step or {}).get(name, 0) for name, tensor in adapter.tensors.items()}
     dense = []
     for layer in LAYERS:
-        b, a = (
-            adapter.tensors[name].double() + (step[name].double() if step and name in step else 0)
-            for name in (f"{layer}.lora_B.weight", f"{layer}.lora_A.weight")
-        )
+        b, a = moved[f"{layer}.lora_B.weight"], moved[f"{layer}.lora_A.weight"]
+        if f"{layer}.lora_R.weight" in moved:
+            b = b @ moved[f"{layer}.lora_R.weight"]
+        if f"{layer}.lora_P.weight" in moved:
+            (vector,), matrices = moved["tied.lora_v.weight"], moved[f"{layer}.lora_P.weight"]
+            b = b @ torch.stack([v * matrix for v, matrix in zip(vector, matrices, strict=True)]).sum(dim=0)
         dense.append((adapter.scaling * b @ a).flatten())
     return torch.cat(dense)
 
@@ -328,8 +334,21 @@ def test_largest_components_come_first_and_balanced(rule, counts, seed) -> None:
 
 def test_shares_what_it_trains_or_less(rule) -> None:
     for index in range(4):
-        assert set(rule.shared(index)) <= set(rule.trained(index)) <= {"lora_A", "lora_B"}
-    assert "lora_B" in rule.trained(0), "while B = 0, A has no gradient"
+        assert set(rule.shared(index)) <= set(rule.trained(index)) <= {"lora_A", "lora_B", "lora_R", "lora_v"}
+    assert set(rule.trained(0)) != {"lora_A"}, "while B = 0, A has no gradient"
+
+
+def test_starts_as_the_base(rule) -> None:
+    """Whatever the first adapter is, it does nothing, and all that is trained from it has a gradient."""
+    rng = np.random.default_rng(0)
+    untrained = random_adapter(rng)
+    zero = {name: tensor * 0 for name, tensor in untrained.only(["lora_B"]).items()}
+    untrained = untrained.with_tensors({**untrained.tensors, **zero})
+    adapter = rule.initial(untrained, lambda layer: normal(rng, *LAYERS[layer]), rng)
+    assert not effect(adapter).any()
+    assert set(untrained.tensors) <= set(adapter.tensors)
+    step = {name: normal(rng, *tensor.shape) for name, tensor in adapter.only(rule.trained(0)).items()}
+    assert effect(adapter, step).norm() > 0.1
 
 
 def test_reads_the_updates_once_and_one_by_one(rule) -> None:

@@ -13,11 +13,12 @@ from peft import LoraConfig, get_peft_model
 from torch import Tensor
 from transformers import AutoModelForCausalLM
 
+from fedit.adapter import factor_of
 from fedit.base import load_base, load_tokenizer
 from fedit.batch import Batch
 from fedit.config import AdapterConfig, ClientConfig, ModelConfig
 from fedit.evaluation.heldout import generate_answers
-from fedit.interfaces import FACTORS, Adapter, EncodedExample, EngineError, Example, Turn, factor_of
+from fedit.interfaces import FACTORS, Adapter, EncodedExample, EngineError, Example, Turn
 from fedit.lowrank import LowRank
 from fedit.model import StackedModel
 from fedit.tuning import TuningTask, batch_indices, tune

@@ -6,7 +6,6 @@ import os
 import resource
 import subprocess
 import sys
-from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -17,12 +16,11 @@ import torch
 from safetensors.torch import save
 from torch import Tensor
 
-from fedit import server
 from fedit.config import RunConfig, load_plugins, parse_config
 from fedit.files import append_line, keep_lines
 from fedit.interfaces import Adapter, Aggregate, ClientFailure, ClientTask, ClientUpdate, FeditError, RoundError
 from fedit.lowrank import LowRank
-from fedit.server import RoundRecord, ServerState, load_state, run_round, sample_cohort, save_state, train
+from fedit.server import RoundRecord, ServerState, download_size, load_state, next_side, run_round, save_state, train
 from fedit.wire import side_tensors, wire_size
 
 load_plugins()
@@ -51,12 +49,12 @@ def good(task: ClientTask) -> ClientUpdate:
 class FakeEngine:
     """Answers by `special[client]`, else well; in the order of `order`, else in that of the tasks."""
 
-    clients: Sequence[str] = tuple(CLIENTS)
+    names: Sequence[str] = tuple(CLIENTS)
     special: dict[str, Answer] | None = None
     order: Sequence[str] | None = None
 
-    def client_ids(self) -> Sequence[str]:
-        return self.clients
+    def clients(self) -> dict[str, int]:
+        return dict.fromkeys(self.names, 10)
 
     def run(self, tasks: Sequence[ClientTask]) -> Iterator[ClientUpdate | ClientFailure]:
         by_client = {task.client: task for task in tasks}
@@ -202,7 +200,7 @@ def test_an_unusable_answer_fails_its_client_only(case: str) -> None:
     state, record = one_round(FakeEngine(special={"c1": answer}))
     assert list(record.failures) == ["c1"]
     assert reason in record.failures["c1"]
-    expected, without = one_round(FakeEngine(clients=["c0", "c2"]))
+    expected, without = one_round(FakeEngine(names=["c0", "c2"]))
     assert same_bits(state.adapter, expected.adapter)
     assert (record.tokens, record.train_loss, record.bytes_up) == (without.tokens, without.train_loss, without.bytes_up)
     assert (record.cohort, record.bytes_down) == (CLIENTS, 3 * wire_size(random_adapter(0).tensors))
@@ -249,13 +247,6 @@ def test_training_goes_on_from_any_state_with_the_same_bits() -> None:
 
 # ----------------------------------------------------------------------------------------------------------- cohorts
 
-MANY = [f"client {number}" for number in range(100)]
-
-
-def cohorts(seed: int, num_rounds: int, size: int = 5) -> list[list[str]]:
-    run = config(seed=seed, cohort={"size": size}, partition={"name": "iid", "num_clients": 100})
-    return [sample_cohort(run, MANY, round_index) for round_index in range(num_rounds)]
-
 
 def test_clients_are_told_how_often_they_took_part() -> None:
     """So that a client goes on in its rows where it stopped, whatever rounds it was left out of."""
@@ -269,56 +260,8 @@ def test_clients_are_told_how_often_they_took_part() -> None:
 
     engine, settings = Listening(), config(rounds=9, cohort={"size": 2})
     train(settings, engine, ServerState(0, random_adapter(0)), lambda state, record: None)
-    assert len(told) == len(engine.client_ids())
+    assert len(told) == len(engine.clients())
     assert all(counts == list(range(len(counts))) for counts in told.values())
-
-
-def test_cohorts_are_drawn_without_replacement_in_client_order() -> None:
-    for cohort in cohorts(seed=0, num_rounds=50):
-        assert len(cohort) == 5
-        assert cohort == sorted(set(cohort), key=MANY.index)
-
-
-def test_cohorts_depend_on_the_seed_and_the_round_alone() -> None:
-    assert cohorts(0, 20) == cohorts(0, 20)
-    assert cohorts(0, 20) != cohorts(1, 20)
-    assert len({tuple(cohort) for cohort in cohorts(0, 20)}) == 20
-
-
-def test_cohorts_are_uniform_and_reach_everybody() -> None:
-    """2,000 rounds of 5 of 100: 100 draws each, sd 9.7; all within 4.5 sd."""
-    counts = Counter(client for cohort in cohorts(0, 2000) for client in cohort)
-    assert set(counts) == set(MANY)
-    assert max(abs(count - 100) for count in counts.values()) < 44
-    pairs = Counter(tuple(cohort[:2]) for cohort in cohorts(0, 2000, size=2))
-    assert len(pairs) > 1500  # of 4,950 about 1,645 are seen when the members are drawn independently
-
-
-def test_over_many_seeds_few_clients_are_never_drawn() -> None:
-    """20 rounds of 5 of 100 leave each client out with probability 0.95^20 = 0.36, different ones by seed."""
-    left_out = []
-    for seed in range(20):
-        run = config(seed=seed, rounds=20, cohort={"size": 5}, partition={"name": "iid", "num_clients": 100})
-        left_out.append(server.never_sampled(run, MANY))
-    assert np.mean([len(names) for names in left_out]) == pytest.approx(100 * 0.95**20, abs=4)
-    assert set.intersection(*map(set, left_out)) == set()
-
-
-def test_without_a_size_everybody_takes_part() -> None:
-    assert sample_cohort(config(), CLIENTS, 0) == CLIENTS
-
-
-def test_poisson_cohorts_have_each_client_by_itself() -> None:
-    """1,000 rounds at rate 0.05 of 100: sizes have the mean 5 and the variance 4.75 of a binomial, not 0."""
-    run = config(cohort={"fraction": 0.05, "sampling": "poisson"}, partition={"name": "iid", "num_clients": 100})
-    drawn = [sample_cohort(run, MANY, index) for index in range(1000)]
-    sizes = [len(cohort) for cohort in drawn]
-    assert np.mean(sizes) == pytest.approx(5, abs=0.3)
-    assert np.var(sizes) == pytest.approx(4.75, rel=0.2)
-    counts = Counter(client for cohort in drawn for client in cohort)
-    assert max(abs(counts[client] - 50) for client in MANY) < 32  # 4.6 sd
-    by_size = config(cohort={"size": 5, "sampling": "poisson"}, partition={"name": "iid", "num_clients": 100})
-    assert [sample_cohort(by_size, MANY, index) for index in range(1000)] == drawn
 
 
 def test_a_round_that_draws_nobody_changes_nothing_but_its_number() -> None:
@@ -330,11 +273,6 @@ def test_a_round_that_draws_nobody_changes_nothing_but_its_number() -> None:
     assert after.optimizer_state is state.optimizer_state
     assert (record.round, record.cohort, record.train_loss, record.tokens) == (2, [], None, 0)
     assert record.bytes_up == record.bytes_down == 0
-
-
-def test_round_robin_takes_the_next_ones() -> None:
-    run = config(cohort={"size": 2, "sampling": "round_robin"})
-    assert [sample_cohort(run, CLIENTS, index) for index in range(3)] == [["c0", "c1"], ["c0", "c2"], ["c1", "c2"]]
 
 
 # -------------------------------------------------------------------------------------------------------- wire size
@@ -511,14 +449,14 @@ def beside(rank: int, value: float = 1.0) -> dict[str, LowRank]:
 def test_the_side_grows_or_is_replaced() -> None:
     adapter = replace(random_adapter(0), side=beside(1))
     more = {**beside(1, 2.0), "other": LowRank(torch.ones(2, 1), torch.ones(1, 2))}
-    grown = server.next_side(adapter, Aggregate({}, more))
+    grown = next_side(adapter, Aggregate({}, more))
     assert torch.equal(grown["layer"].dense(), torch.full((3, 5), 3.0))
     assert grown.keys() == {"layer", "other"}
     assert grown["layer"].b.dtype == torch.float32
-    replaced = server.next_side(adapter, Aggregate({}, beside(2), replaces_side=True))
+    replaced = next_side(adapter, Aggregate({}, beside(2), replaces_side=True))
     assert torch.equal(replaced["layer"].dense(), torch.full((3, 5), 2.0))
-    assert server.next_side(adapter, Aggregate({}, beside(0), replaces_side=True)) == {}
-    assert server.next_side(adapter, Aggregate({})) == adapter.side
+    assert next_side(adapter, Aggregate({}, beside(0), replaces_side=True)) == {}
+    assert next_side(adapter, Aggregate({})) == adapter.side
 
 
 def test_a_client_downloads_what_it_missed() -> None:
@@ -528,7 +466,7 @@ def test_a_client_downloads_what_it_missed() -> None:
     whole, plain = wire_size(side_tensors(adapter.side)), wire_size(adapter.tensors)
     for last_step, rounds, expected in ((100, [2], 100), (100, [1], whole), (100, [], whole), (9999, [2], whole)):
         state = ServerState(3, adapter, side_step_bytes=last_step)
-        assert server.download_size(run, state, ClientTask("c0", 3, adapter), rounds) == plain + expected
+        assert download_size(run, state, ClientTask("c0", 3, adapter), rounds) == plain + expected
 
 
 def test_a_client_downloads_what_the_server_changed() -> None:
@@ -541,7 +479,7 @@ def test_a_client_downloads_what_the_server_changed() -> None:
     }
     for rule, expected in sizes.items():
         task = ClientTask("c0", 1, adapter)
-        assert server.download_size(config(aggregation=rule), ServerState(1, adapter), task, [0]) == expected
+        assert download_size(config(aggregation=rule), ServerState(1, adapter), task, [0]) == expected
 
 
 def test_a_side_that_is_not_finite_ends_the_round() -> None:

@@ -49,8 +49,8 @@ def run(store: ClientStore, client: dict[str, Any], round_index: int, seed: int 
     config = RunConfig.model_validate({"seed": seed, "rounds": 7, "client": client})
     clients = {"a": [ROW] * 10, "b": [ROW] * 3, "c": [ROW]}
     engine = simulation.Simulation(config, SimpleNamespace(max_slots=16), clients, store)  # pyright: ignore[reportArgumentType]
-    assert engine.client_ids() == ["a", "b", "c"]
-    return list(engine.run([ClientTask(name, round_index, ADAPTER, num_earlier) for name in engine.client_ids()]))
+    assert engine.clients() == {"a": 10, "b": 3, "c": 1}
+    return list(engine.run([ClientTask(name, round_index, ADAPTER, num_earlier) for name in engine.clients()]))
 
 
 def test_a_round_is_the_next_part_of_the_training(tuned: list[TuningTask], store: ClientStore) -> None:

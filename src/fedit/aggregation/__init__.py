@@ -1,10 +1,11 @@
 """Many updates -> one: the aggregation rules and the server optimizers.
 
 Read `combine` (one pass over the updates, and the pieces that rules are made of), then `factor_means` (rules that add
-up what the clients train) and `products` (rules that average what the adapters do).
+up what the clients train), `linear` (where that is exact) and `products` (rules that average what the adapters do).
 """
 
-from fedit.aggregation.factor_means import FedIT, FedRotLoRA, FedSALoRA, FFALoRA, HetLoRA, LoRAFAIR, RoLoRA
+from fedit.aggregation.factor_means import FedIT, FedRotLoRA, FedSALoRA, HetLoRA, LoRAFAIR
+from fedit.aggregation.linear import FedSB, FFALoRA, RoLoRA, TinyLoRA
 from fedit.aggregation.products import FedExLoRA, FedITPlus, FedMomentum, FedSVD, FlexLoRA, FLoRA, RaFLoRA
 from fedit.aggregation.server_optimizers import FedAdagrad, FedAdam, FedAvg, FedAvgM, FedYogi, Nesterov
 
@@ -21,6 +22,7 @@ __all__ = [
     "FedMomentum",
     "FedRotLoRA",
     "FedSALoRA",
+    "FedSB",
     "FedSVD",
     "FedYogi",
     "FlexLoRA",
@@ -29,4 +31,5 @@ __all__ = [
     "Nesterov",
     "RaFLoRA",
     "RoLoRA",
+    "TinyLoRA",
 ]

@@ -4,6 +4,8 @@
 adapters do, which is not the same. A rule then chooses new factors and may leave a rest to the side; `conclude` says
 what was lost. With p_k the weights, normalised over the clients that answered, and s_k = lora_alpha / r_k, the exact
 mean that all rules are measured by is M = sum_k p_k s_k B_k A_k. Everything is float64 and factored: nothing is m x n.
+
+A rule that only has to say what it lost takes `average` in place of `combine`, and holds no more than a few updates.
 """
 
 from __future__ import annotations
@@ -17,8 +19,9 @@ import torch
 from torch import Tensor
 from torch.nn.functional import pad
 
+from fedit.adapter import FACTORS, cores_of, factor_of
 from fedit.interfaces import Adapter, Aggregate, ClientUpdate, RoundError
-from fedit.lowrank import LowRank
+from fedit.lowrank import LowRank, Sketch
 
 Weighting = Literal["examples", "tokens", "uniform", "fednova"]
 """By a client's rows, the tokens it trained on, equal, or by rows and inverse steps."""
@@ -26,6 +29,11 @@ WeightingByNorm = Weighting | Literal["norm"]
 """Or by ||s_k B_k A_k||_F"""
 Modules = Mapping[str, LowRank]
 """A low-rank matrix for each adapted layer"""
+Align = Callable[[Adapter, ClientUpdate], ClientUpdate]
+"""Changes a client's update, given what it had received."""
+
+EXACT_RANK = 192
+"""Components of a module that `average` keeps to measure by; with more than these, it goes on with a sketch."""
 
 
 @dataclass(frozen=True, eq=False)
@@ -38,47 +46,95 @@ class Mean:
     """M by module: the exact mean of what the clients' adapters do"""
 
 
+@dataclass(frozen=True, eq=False)
+class MeasuredMean:
+    """As `Mean`, but of M only what its distance to another matrix can be measured by."""
+
+    update: Mapping[str, Tensor]
+    product: Mapping[str, LowRank | Sketch]
+
+
 def combine(
     adapter: Adapter,
     updates: Iterable[ClientUpdate],
     weighting: WeightingByNorm,
-    align: Callable[[Adapter, ClientUpdate], ClientUpdate] = lambda received, result: result,
+    align: Align = lambda received, result: result,
 ) -> Mean:
     """Consume `updates` one by one, in their order, each changed by `align` with what its client had received.
 
-    The sum of the factors is one adapter; M keeps the clients' factors: sum_k r_k of them, m or n at most.
+    The sum of the factors is one adapter; M keeps the clients' factors: sum_k r_k of them, m or n at most. Where the
+    clients trained one factor only, M is linear in it, and needs no more than its mean.
 
     Raises:
         RoundError: no update has a positive weight.
     """
+    terms = {module: _Terms() for module in adapter.modules()}
+    update = _pass_through(adapter, updates, weighting, align, terms)
+    if _is_linear(update):
+        return Mean(update, scaled(low_rank(adapter, update), adapter.scaling))
+    return Mean(update, {module: sum_of.exact() for module, sum_of in terms.items()})
+
+
+def average(
+    adapter: Adapter,
+    updates: Iterable[ClientUpdate],
+    weighting: WeightingByNorm,
+    align: Align = lambda received, result: result,
+) -> MeasuredMean:
+    """Do as `combine` with bounded memory: M is exact up to `EXACT_RANK` components, and a sketch of them beyond.
+
+    Raises:
+        RoundError: no update has a positive weight.
+    """
+    terms = {module: _Terms(module) for module in adapter.modules()}
+    update = _pass_through(adapter, updates, weighting, align, terms)
+    if _is_linear(update):
+        return MeasuredMean(update, scaled(low_rank(adapter, update), adapter.scaling))
+    return MeasuredMean(update, {module: sum_of.measurable() for module, sum_of in terms.items()})
+
+
+def _pass_through(
+    adapter: Adapter,
+    updates: Iterable[ClientUpdate],
+    weighting: WeightingByNorm,
+    align: Align,
+    terms: Mapping[str, _Terms],
+) -> dict[str, Tensor]:
+    """Return the mean of the updates, and add what the clients' adapters do to `terms`, divided by the same."""
     weights = _Weights(weighting)
     sums: dict[str, Tensor] = {}
-    terms: dict[str, list[LowRank]] = {module: [] for module in adapter.modules()}
     for answer in updates:
         received = adapter.cut(answer.update.rank)
         result = align(received, answer)
-        does = scaled(low_rank(received, result.update.tensors), received.scaling)
+        linear = _is_linear(result.update.tensors)
+        does: Modules = {}
+        if weighting == "norm" or not linear:
+            does = scaled(low_rank(received, result.update.tensors), received.scaling)
         weight = weights.of(result, does)
         if weight == 0:
             continue
         for name, tensor in _of_full_rank(adapter, received, result.update.tensors).items():
             sums[name] = sums[name] + weight * tensor if name in sums else weight * tensor
-        for module, matrix in does.items():
-            _add_term(terms[module], matrix * weight)
+        for module, matrix in does.items() if not linear else ():
+            terms[module].add(matrix * weight)
     divisor = weights.divisor()
-    product = {module: LowRank.sum(parts) * (1 / divisor) for module, parts in terms.items()}
-    rest = 1 - weights.total / divisor
     if weighting == "fednova":  # its weights do not add up to 1: what moves is the difference from what was received
-        product = {m: product[m] + matrix * (adapter.scaling * rest) for m, matrix in low_rank(adapter).items()}
-    return Mean(
-        {name: tensor / divisor for name, tensor in sums.items()},
-        {module: matrix.compact() for module, matrix in product.items()},
-    )
+        rest = adapter.scaling * (divisor - weights.total)
+        for module, matrix in low_rank(adapter).items():
+            terms[module].add(matrix * rest)
+    for sum_of in terms.values():
+        sum_of.divide(divisor)
+    return {name: tensor / divisor for name, tensor in sums.items()}
+
+
+def _is_linear(update: Mapping[str, Tensor]) -> bool:
+    """Tell whether one factor moves alone, so that what the adapter does is linear in the update."""
+    return len({factor_of(name) for name in update}) == 1
 
 
 def conclude(
     adapter: Adapter,
-    product: Modules,
+    product: Mapping[str, LowRank | Sketch],
     delta: Mapping[str, Tensor],
     side_step: Modules | None = None,
     *,
@@ -86,18 +142,19 @@ def conclude(
 ) -> Aggregate:
     """Return the aggregate with its ``aggregation_loss``, ||M - what is kept||_F / ||M||_F over all modules.
 
-    What is kept is the new adapter's product and what the side gained. 0 where M is zero.
+    What is kept is the new adapter's product and what the side gained. 0 where M is zero. Measured by sketches, it is
+    right to a few percent of itself.
     """
     side_step = side_step or {}
     kept = scaled(low_rank(adapter, delta), adapter.scaling)
     lost = {}
     for module, matrix in product.items():
-        parts = [matrix, kept[module] * -1.0]
+        parts = [kept[module]]
         if module in side_step:
-            parts.append(side_step[module] * -1.0)
+            parts.append(side_step[module])
         if replaces_side and module in adapter.side:
-            parts.append(adapter.side[module])
-        lost[module] = LowRank.sum(parts)
+            parts.append(adapter.side[module] * -1.0)
+        lost[module] = matrix - LowRank.sum(parts)
     whole = math.hypot(*[matrix.norm() for matrix in product.values()])
     loss = math.hypot(*[matrix.norm() for matrix in lost.values()]) / whole if whole > 0 else 0.0
     return Aggregate(delta, side_step, replaces_side, {"aggregation_loss": loss})
@@ -108,14 +165,13 @@ def conclude(
 
 def low_rank(adapter: Adapter, update: Mapping[str, Tensor] | None = None) -> dict[str, LowRank]:
     """Return B A (without the scaling) of every module of ``adapter + update``, float64. No step is a step of zero."""
-    step = update or {}
-    result = {}
+    tensors = {name: tensor.double() for name, tensor in adapter.tensors.items()}
+    for name, step in (update or {}).items():
+        tensors[name] = tensors[name] + step.double()
+    cores, result = cores_of(tensors), {}
     for module in adapter.modules():
-        factors = [
-            adapter.tensors[name].double() + (step[name].double() if name in step else 0)
-            for name in (f"{module}.lora_B.weight", f"{module}.lora_A.weight")
-        ]
-        result[module] = LowRank(*factors)
+        a, b = (tensors[f"{module}.{factor}.weight"] for factor in FACTORS)
+        result[module] = LowRank(b @ cores[module] if module in cores else b, a)
     return result
 
 
@@ -211,11 +267,37 @@ def _of_full_rank(adapter: Adapter, received: Adapter, update: Mapping[str, Tens
     return steps
 
 
-def _add_term(terms: list[LowRank], term: LowRank) -> None:
-    """Append to the terms of a sum, and compact them where they have twice the rank that the sum can have.
+class _Terms:
+    """A sum of low-rank matrices that are given one by one. With a name, it may become a sketch."""
 
-    Compacted for every client, it would cost a dense product each.
-    """
-    terms.append(term)
-    if sum(each.rank for each in terms) > 2 * min(term.b.shape[0], term.a.shape[1]):
-        terms[:] = [LowRank.sum(terms).compact()]
+    def __init__(self, sketched_as: str | None = None) -> None:
+        self._sketched_as = sketched_as
+        self._terms: list[LowRank] = []
+        self._sketch: Sketch | None = None
+
+    def add(self, term: LowRank) -> None:
+        """Add a matrix; compact what has twice the rank that the sum can have: each time, it costs a dense product."""
+        if self._sketch is not None:
+            self._sketch = self._sketch + term
+            return
+        self._terms.append(term)
+        rank = sum(each.rank for each in self._terms)
+        if self._sketched_as is not None and rank > EXACT_RANK:
+            self._sketch = Sketch.of(LowRank.sum(self._terms), self._sketched_as)
+            self._terms = []
+        elif rank > 2 * min(term.b.shape[0], term.a.shape[1]):
+            self._terms = [LowRank.sum(self._terms).compact()]
+
+    def divide(self, divisor: float) -> None:
+        """Divide the sum."""
+        self._terms = [term * (1 / divisor) for term in self._terms]
+        if self._sketch is not None:
+            self._sketch = self._sketch * (1 / divisor)
+
+    def exact(self) -> LowRank:
+        """Return the sum."""
+        return LowRank.sum(self._terms).compact()
+
+    def measurable(self) -> LowRank | Sketch:
+        """Return the sum, or its sketch where the sum was not kept."""
+        return self.exact() if self._sketch is None else self._sketch

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, ClassVar
 import torch
 from pydantic import Field
 
-from fedit.aggregation.combine import Weighting, WeightingByNorm, combine, conclude, low_rank
+from fedit.aggregation.combine import Weighting, WeightingByNorm, average, combine, conclude, low_rank
 from fedit.interfaces import Adapter, Aggregate, Aggregation, ClientUpdate
 from fedit.lowrank import LowRank
 
@@ -34,41 +34,8 @@ class FedIT(Aggregation):
     weighting: Weighting = "examples"
 
     def aggregate(self, adapter: Adapter, updates: Iterable[ClientUpdate], rng: np.random.Generator) -> Aggregate:
-        mean = combine(adapter, updates, self.weighting)
+        mean = average(adapter, updates, self.weighting)
         return conclude(adapter, mean.product, mean.update)
-
-
-class FFALoRA(FedIT):
-    """Freeze A where it was drawn, train and average B (2403.12313).
-
-    B <- sum_k p_k B_k. The adapter is linear in B, so this is the mean of the products: nothing is lost, noise that is
-    added for privacy is not multiplied, and half travels. A is the same random matrix at every client, from the seed;
-    what cannot be expressed in its r rows can never be learned.
-
-    >>> FFALoRA().trained(3)
-    ('lora_B',)
-    """
-
-    name: ClassVar[str] = "ffa-lora"
-
-    def trained(self, round_index: int) -> Collection[str]:
-        return ("lora_B",)
-
-
-class RoLoRA(FedIT):
-    """Train and average B in even rounds, A in odd ones (2502.01755).
-
-    As one factor is everywhere the same in a round, the mean of the other is exact, and half travels. Rounds count
-    from 0 and B comes first: while B = 0, the gradient of A is zero.
-
-    >>> [RoLoRA().trained(round_index) for round_index in (0, 1, 2)]
-    [('lora_B',), ('lora_A',), ('lora_B',)]
-    """
-
-    name: ClassVar[str] = "rolora"
-
-    def trained(self, round_index: int) -> Collection[str]:
-        return ("lora_B",) if round_index % 2 == 0 else ("lora_A",)
 
 
 class FedSALoRA(FedIT):
@@ -88,7 +55,7 @@ class FedSALoRA(FedIT):
         return ("lora_A",)
 
     def aggregate(self, adapter: Adapter, updates: Iterable[ClientUpdate], rng: np.random.Generator) -> Aggregate:
-        return Aggregate(combine(adapter, updates, self.weighting).update)
+        return Aggregate(average(adapter, updates, self.weighting).update)
 
 
 class HetLoRA(Aggregation):
@@ -107,7 +74,7 @@ class HetLoRA(Aggregation):
     weighting: WeightingByNorm = "norm"
 
     def aggregate(self, adapter: Adapter, updates: Iterable[ClientUpdate], rng: np.random.Generator) -> Aggregate:
-        mean = combine(adapter, updates, self.weighting)
+        mean = average(adapter, updates, self.weighting)
         return conclude(adapter, mean.product, mean.update)
 
 
@@ -127,7 +94,7 @@ class FedRotLoRA(FedIT):
     rotation_invariant: ClassVar[bool] = True
 
     def aggregate(self, adapter: Adapter, updates: Iterable[ClientUpdate], rng: np.random.Generator) -> Aggregate:
-        mean = combine(adapter, updates, self.weighting, _rotated)
+        mean = average(adapter, updates, self.weighting, _rotated)
         return conclude(adapter, mean.product, mean.update)
 
 

@@ -11,6 +11,7 @@ from fedit.config.tables import (
     EngineConfig,
     EvaluationConfig,
     ModelConfig,
+    RankRange,
     RunConfig,
     Table,
 )
@@ -25,6 +26,7 @@ __all__ = [
     "EngineConfig",
     "EvaluationConfig",
     "ModelConfig",
+    "RankRange",
     "RunConfig",
     "Table",
     "apply_overrides",

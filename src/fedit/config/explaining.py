@@ -39,7 +39,7 @@ def _place(location: Sequence[str | int]) -> tuple[str, ...]:
 
 
 def _is_union_branch(part: str | int) -> bool:
-    return isinstance(part, str) and ("[" in part or part in {"int", "float", "constrained-int"})
+    return isinstance(part, str) and ("[" in part or part in {"int", "float", "constrained-int", "RankRange"})
 
 
 def _fields_at(model: type[BaseModel], path: Sequence[str]) -> list[str]:

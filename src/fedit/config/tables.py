@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Mapping
+from pathlib import Path
 from typing import Annotated, Any, Literal, Self, TypeVar, get_args
 
 from pydantic import (
@@ -61,11 +63,30 @@ class ModelConfig(Table):
     """Of the base's linear layers, by bitsandbytes, on a CUDA GPU: 4 bits as in QLoRA (2305.14314), or 8."""
 
 
+class RankRange(Table):
+    """Ranks from `min` to `max`: drawn for each client, or by its rows, the fewest `min` and the most `max`."""
+
+    min: int = Field(ge=1)
+    max: int = Field(ge=1)
+    by: Literal["random", "rows"] = "random"
+
+    @model_validator(mode="after")
+    def _in_order(self) -> Self:
+        if self.min > self.max:
+            raise ValueError(f"min = {self.min} is more than max = {self.max}")
+        return self
+
+
 class AdapterConfig(Table):
     """LoRA (2106.09685)."""
 
-    rank: Annotated[int, Field(ge=1)] | Annotated[tuple[Annotated[int, Field(ge=1)], ...], Field(min_length=1)] = 8
-    """One rank for all, or a list that the clients take in turn (the global adapter has the largest)."""
+    rank: (
+        Annotated[int, Field(ge=1)]
+        | Annotated[tuple[Annotated[int, Field(ge=1)], ...], Field(min_length=1)]
+        | RankRange
+    ) = 8
+    """One rank for all; a list that the clients take in turn; or a range, ``{ min = 4, max = 16, by = "rows" }``. The
+    global adapter has the largest."""
     alpha: float = Field(default=16.0, gt=0)
     dropout: float = Field(default=0.0, ge=0, lt=1)
     target_modules: Literal["all-linear"] | Annotated[tuple[str, ...], Field(min_length=1)] = "all-linear"
@@ -80,7 +101,9 @@ class AdapterConfig(Table):
 
     @property
     def max_rank(self) -> int:
-        return self.rank if isinstance(self.rank, int) else max(self.rank)
+        if isinstance(self.rank, int):
+            return self.rank
+        return self.rank.max if isinstance(self.rank, RankRange) else max(self.rank)
 
 
 class DataConfig(Table):
@@ -143,14 +166,38 @@ class ClientConfig(Table):
 class CohortConfig(Table):
     """The clients sampled in each round."""
 
-    sampling: Literal["uniform", "poisson", "round_robin"] = "uniform"
-    """uniform: so many without replacement; poisson: each client by itself, with this probability, so that cohorts vary
-    and may be empty; round_robin: the next so many in client order, over and over."""
+    sampling: Literal["uniform", "weighted", "poisson", "round_robin"] = "uniform"
+    """uniform: so many without replacement; weighted: the same, drawn in proportion to their rows (an aggregation that
+    weights by rows as well counts them twice); poisson: each client by itself, with this probability, so that cohorts
+    vary and may be empty; round_robin: the next so many in client order, over and over."""
     fraction: float | None = Field(default=None, gt=0, le=1)
     size: int | None = Field(default=None, ge=1)
     """Fraction or number of the clients; neither: all of them."""
+    availability: Annotated[float, Field(gt=0, le=1)] | dict[str, tuple[tuple[int, int], ...]] = 1.0
+    """The clients that a round can draw: each is online with this probability, or in the rounds of a trace, which may
+    be a JSON file: ``{"client": [[first, last], ...], ...}``, counted from 1. Who is not in it is always online."""
     min_updates: int = Field(default=1, ge=1)
     """Fewer usable updates than this end the run."""
+
+    @field_validator("availability", mode="before")
+    @classmethod
+    def _read_trace(cls, value: object) -> object:
+        """Read the file, so that the run's description holds the trace itself."""
+        if not isinstance(value, str):
+            return value
+        try:
+            return json.loads(Path(value).read_text(encoding="utf-8"))
+        except (OSError, ValueError) as error:
+            raise ValueError(f"the trace {value} cannot be read: {error}") from error
+
+    @field_validator("availability")
+    @classmethod
+    def _rounds_in_order(cls, value: object) -> object:
+        for client, ranges in value.items() if isinstance(value, dict) else ():
+            for first, last in ranges:
+                if not 1 <= first <= last:
+                    raise ValueError(f"client {client!r}: rounds {first} to {last} are no range counted from 1")
+        return value
 
     @model_validator(mode="after")
     def _one_size(self) -> Self:
@@ -238,7 +285,7 @@ class RunConfig(Table):
             able = [name for name, plugin in plugins("aggregation").items() if getattr(plugin, "mixed_ranks", False)]
             raise ConfigError(
                 f"[aggregation] name = {self.aggregation.name!r} needs clients of equal rank, got [adapter] rank = "
-                f"{list(self.adapter.rank)}. Use one rank, or one of: {', '.join(able)}."
+                f"{self.to_json()['adapter']['rank']}. Use one rank, or one of: {', '.join(able)}."
             )
         if self.client.moments == "keep" and self.aggregation.refactors:
             raise ConfigError(

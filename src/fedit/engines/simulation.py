@@ -34,8 +34,8 @@ class Simulation:
         self._store = store
         self._on_step = on_step
 
-    def client_ids(self) -> Sequence[str]:
-        return list(self._clients)
+    def clients(self) -> Mapping[str, int]:
+        return {client: len(examples) for client, examples in self._clients.items()}
 
     def run(self, tasks: Sequence[ClientTask]) -> Iterator[ClientUpdate | ClientFailure]:
         """Yield the clients' results as their slots finish; who has most steps begins first, or would end alone."""

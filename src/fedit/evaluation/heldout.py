@@ -118,7 +118,7 @@ def _fill(model: StackedModel, adapters: Sequence[Adapter | None]) -> None:
     for slot, adapter in enumerate(adapters):
         model.set_side({} if adapter is None else adapter.side, shared=slot > 0)
         if adapter is not None:
-            model.write(slot, adapter)
+            model.write(slot, adapter.plain())
 
 
 def _prediction(model: str, index: int, encoded: EncodedExample, answer: str | None, nll: float) -> Prediction:
