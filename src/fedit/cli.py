@@ -19,7 +19,7 @@ from rich.table import Table
 from rich.text import Text
 
 from fedit.config import DType, RunConfig, load_config, load_plugins, parse_config
-from fedit.interfaces import ConfigError, DataError, FeditError, did_you_mean, plugin_kinds, plugins
+from fedit.interfaces import ConfigError, DataError, EngineError, FeditError, did_you_mean, plugin_kinds, plugins
 
 if TYPE_CHECKING:
     from fedit.prepare import FederatedData
@@ -132,6 +132,52 @@ def partition(
         _say(f"Picture: {out}")
     if as_json:
         _print_json(data.summary)
+
+
+@app.command
+def study(
+    file: str,
+    /,
+    *,
+    override: Overrides = None,
+    plugin: PluginFiles = None,
+    out: Annotated[Path | None, Parameter(help="The study's folder; by default studies/FILE")] = None,
+    jobs: Annotated[int, Parameter(help="Runs at the same time; they share the threads")] = 1,
+    as_json: AsJson = False,
+) -> None:
+    """Run a grid of experiments over several seeds, and make one table of them.
+
+    FILE is a TOML file or the name of a shipped study. The same command goes on where it was interrupted; runs that
+    the file has gained are added.
+    """
+    from fedit.study import load_study, measure, plan, run_study, table, write_study
+
+    grid = load_study(file)
+    folder = out or Path("studies") / Path(file).stem
+    runs = plan(grid, folder, override or [], plugin or [])
+    failures: dict[str, str] = {}
+
+    def report_end(done: int, label: str, failure: str | None) -> None:
+        _say(f"{done} of {len(runs)}: {label}{f' failed: {failure}' if failure else ''}")
+        if failure:
+            failures[label] = failure
+
+    try:
+        run_study(grid, runs, jobs, plugin or [], report_end)
+    except KeyboardInterrupt:
+        _say("\nInterrupted. What was finished is saved; the same command goes on.")
+        sys.exit(130)
+    measured = measure(grid, runs)
+    headings, lines = table(grid, measured)
+    shown = Table(*headings)
+    for line in lines:
+        shown.add_row(*map(Text, line))
+    console.print(shown)
+    _say(f"Table: {write_study(folder, grid, measured)}")
+    if as_json:
+        _print_json(measured)
+    if failures:
+        raise EngineError(f"{len(failures)} of {len(runs)} runs failed, first: {next(iter(failures.items()))}")
 
 
 @app.command

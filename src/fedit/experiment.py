@@ -157,7 +157,9 @@ def _federated(run: _Run) -> tuple[Adapter, dict[str, Adapter]]:
             loss = mean_loss(run.model, models, run.data.test)
             record = replace(record, test_loss=loss if math.isfinite(loss) else None)
         # The line comes first: a line without its checkpoint is dropped on resume, the reverse could not be mended.
-        append_line(rounds, asdict(record))
+        line = asdict(record)
+        timing["aggregation_seconds"] = round(line.pop("aggregation_s"), 6)
+        append_line(rounds, line)
         save_state(state, checkpoints)
         run.append_timing({"round": record.round, **timing})
         run.notify(RoundFinished(record, timing["seconds"], config.rounds))

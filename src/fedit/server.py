@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import json
 import math
+import time
 from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
@@ -66,6 +67,9 @@ class RoundRecord:
     """Trained on by all clients in this round, without padding."""
     test_loss: float | None = None
     """Of the new global adapter on the held-out rows, in the rounds that evaluate."""
+    aggregation_s: float = field(default=0.0, compare=False)
+    """What the aggregation took, without the time it waited for clients; the one number here that is not
+    deterministic, and not written to rounds.jsonl."""
 
 
 def train(
@@ -100,9 +104,11 @@ def run_round(config: RunConfig, engine: Engine, state: ServerState) -> tuple[Se
     answers = _Answers(tasks, config.aggregation.shared(state.round_index))
     updates = answers.updates(engine.run(tasks), config.cohort.min_updates)
     rng = derive_rng(config.seed, "aggregation", state.round_index)
+    started = time.perf_counter()
     result = config.aggregation.aggregate(state.adapter, updates, rng)
     for _ in updates:  # what a rule leaves unread is counted all the same
         pass
+    aggregation_s = time.perf_counter() - started - answers.waited_s
     adapter, optimizer_state = config.server_optimizer.apply(state.adapter, result.delta, state.optimizer_state)
     adapter = replace(adapter, side=next_side(state.adapter, result))
     update_norm = distance(adapter, state.adapter)
@@ -121,6 +127,7 @@ def run_round(config: RunConfig, engine: Engine, state: ServerState) -> tuple[Se
         bytes_up=answers.bytes_up,
         bytes_down=sum(download_size(config, state, task, history[task.client]) for task in tasks),
         tokens=answers.num_tokens,
+        aggregation_s=aggregation_s,
     )
     side_step_bytes = wire_size(side_tensors(result.side_step)) if result.side_step else 0
     return ServerState(state.round_index + 1, adapter, optimizer_state, side_step_bytes), record
@@ -166,6 +173,8 @@ class _Answers:
     loss_sum: float = 0.0
     num_tokens: int = 0
     bytes_up: int = 0
+    waited_s: float = 0.0
+    """For the clients, while somebody asked for their updates"""
 
     def updates(self, results: Iterator[ClientUpdate | ClientFailure], min_updates: int) -> Iterator[ClientUpdate]:
         """Yield the usable updates; hold back only those that came before their turn.
@@ -175,6 +184,7 @@ class _Answers:
         """
         waiting: dict[str, ClientUpdate | ClientFailure] = {}
         num_usable = 0
+        asked = time.perf_counter()
         for task in self.tasks:
             while task.client not in waiting and (result := next(results, None)) is not None:
                 waiting[result.client] = result
@@ -188,7 +198,10 @@ class _Answers:
             self.loss_sum += result.loss * result.num_tokens
             self.num_tokens += result.num_tokens
             self.bytes_up += wire_size(result.update.tensors)
+            self.waited_s += time.perf_counter() - asked
             yield result
+            asked = time.perf_counter()
+        self.waited_s += time.perf_counter() - asked
         if num_usable < min_updates:
             reasons = "; ".join(f"{client}: {reason}" for client, reason in self.failures.items())
             raise RoundError(

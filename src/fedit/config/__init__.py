@@ -1,6 +1,14 @@
 """The run description: TOML and overrides -> one frozen `RunConfig`, validated once, before anything is loaded."""
 
-from fedit.config.loading import apply_overrides, load_config, load_plugins, parse_config, shipped_recipes
+from fedit.config.explaining import explain
+from fedit.config.loading import (
+    apply_overrides,
+    load_config,
+    load_plugins,
+    parse_config,
+    shipped_recipes,
+    shipped_studies,
+)
 from fedit.config.tables import (
     COLUMNS,
     AdapterConfig,
@@ -30,8 +38,10 @@ __all__ = [
     "RunConfig",
     "Table",
     "apply_overrides",
+    "explain",
     "load_config",
     "load_plugins",
     "parse_config",
     "shipped_recipes",
+    "shipped_studies",
 ]

@@ -56,7 +56,16 @@ def _import(what: str, execute: Callable[[], object]) -> None:
 
 def shipped_recipes() -> dict[str, Path]:
     """Return the recipes that come with fedit, by name."""
-    folder = Path(str(importlib.resources.files("fedit") / "recipes"))
+    return _shipped("recipes")
+
+
+def shipped_studies() -> dict[str, Path]:
+    """Return the studies that come with fedit, by name."""
+    return _shipped("studies")
+
+
+def _shipped(kind: str) -> dict[str, Path]:
+    folder = Path(str(importlib.resources.files("fedit") / kind))
     return {path.stem: path for path in sorted(folder.glob("*.toml"))}
 
 
