@@ -11,7 +11,6 @@ from collections.abc import Sequence
 from dataclasses import asdict
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
-from urllib.parse import unquote
 
 from cyclopts import App, Parameter
 from rich.console import Console
@@ -19,7 +18,7 @@ from rich.table import Table
 from rich.text import Text
 
 from fedit.config import DType, RunConfig, load_config, load_plugins, parse_config
-from fedit.interfaces import ConfigError, DataError, EngineError, FeditError, did_you_mean, plugin_kinds, plugins
+from fedit.interfaces import ConfigError, DataError, EngineError, FeditError, plugin_kinds, plugins
 
 if TYPE_CHECKING:
     from fedit.prepare import FederatedData
@@ -150,34 +149,24 @@ def study(
     FILE is a TOML file or the name of a shipped study. The same command goes on where it was interrupted; runs that
     the file has gained are added.
     """
+    from fedit.report.terminal import study_table
     from fedit.study import load_study, measure, plan, run_study, table, write_study
 
     grid = load_study(file)
     folder = out or Path("studies") / Path(file).stem
     runs = plan(grid, folder, override or [], plugin or [])
-    failures: dict[str, str] = {}
-
-    def report_end(done: int, label: str, failure: str | None) -> None:
-        _say(f"{done} of {len(runs)}: {label}{f' failed: {failure}' if failure else ''}")
-        if failure:
-            failures[label] = failure
-
     try:
-        run_study(grid, runs, jobs, plugin or [], report_end)
+        num_failed = run_study(grid, runs, jobs, plugin or [], _say)
     except KeyboardInterrupt:
         _say("\nInterrupted. What was finished is saved; the same command goes on.")
         sys.exit(130)
     measured = measure(grid, runs)
-    headings, lines = table(grid, measured)
-    shown = Table(*headings)
-    for line in lines:
-        shown.add_row(*map(Text, line))
-    console.print(shown)
+    console.print(study_table(*table(grid, measured)))
     _say(f"Table: {write_study(folder, grid, measured)}")
     if as_json:
         _print_json(measured)
-    if failures:
-        raise EngineError(f"{len(failures)} of {len(runs)} runs failed, first: {next(iter(failures.items()))}")
+    if num_failed:
+        raise EngineError(f"{num_failed} of {len(runs)} runs failed; the same command tries them again.")
 
 
 @app.command
@@ -189,19 +178,6 @@ def report(folder: Path, /) -> None:
 
 
 Client = Annotated[str | None, Parameter(help="Whose model, where the aggregation leaves each client its own")]
-
-
-def _adapter_folder(folder: Path, client: str | None) -> Path:
-    """Return the folder of the run's adapter, or of a client's own."""
-    from fedit.files import folder_name
-
-    own = sorted(unquote(item.name) for item in (folder / "adapters").glob("*"))
-    if client is None and not own:
-        return folder / "adapter"
-    if client not in own:
-        what = "one model for all clients" if not own else f"a model for each client. {did_you_mean(client or '', own)}"
-        raise ConfigError(f"--client {client or '(not given)'}: {folder} holds {what}")
-    return folder / "adapters" / folder_name(client)
 
 
 @app.command
@@ -216,8 +192,9 @@ def export(
     config = _run_config(folder)
     _quiet()
     from fedit.export import save_merged
+    from fedit.report import RunFolder
 
-    save_merged(_adapter_folder(folder, client), merged, config.model.path)
+    save_merged(RunFolder.read(folder).adapter_folder(client), merged, config.model.path)
     _say(f"Merged model: {merged}")
 
 
@@ -234,8 +211,9 @@ def chat(
     config = _run_config(folder)
     _quiet()
     from fedit.chat import Conversation
+    from fedit.report import RunFolder
 
-    conversation = Conversation(config, None if base else _adapter_folder(folder, client), max_new_tokens)
+    conversation = Conversation(config, None if base else RunFolder.read(folder).adapter_folder(client), max_new_tokens)
     while True:
         try:
             line = console.input("[bold]> [/bold]").strip()

@@ -165,7 +165,9 @@ def _federated(run: _Run) -> tuple[Adapter, dict[str, Adapter]]:
         run.notify(RoundFinished(record, timing["seconds"], config.rounds))
         watch.lap(0)  # evaluating and saving belong to no round's tokens per second
 
-    engine = Simulation(config, run.model, run.data.clients, ClientStore(run.folder / "clients"), run.step_done)
+    engine = Simulation(
+        config, run.model, run.data.clients, ClientStore(run.folder / "clients", config.digest()), run.step_done
+    )
     share = mean_share(config, engine.clients())
     per_round = share * sum(_round_tokens(config, examples) for examples in run.data.clients.values())
     run.notify(PhaseStarted("federated", round((config.rounds - state.round_index) * per_round)))

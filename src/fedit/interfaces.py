@@ -167,6 +167,8 @@ class ClientUpdate:
     """Mean training loss per response token over the round's steps, nats."""
     num_steps: int
     """Optimizer steps taken in this round."""
+    num_bytes: int | None = None
+    """Length of the compressed message that the update came in; None: it came as float32 tensors."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -309,6 +311,11 @@ class Aggregation(Plugin):
     """Whether part of what was learned goes beside the adapter, so that only the whole step means anything."""
     rotation_invariant: ClassVar[bool] = False
     """Whether a client may turn its factors, (B Q, Q^T A) with orthogonal Q, without changing what comes out."""
+
+    @property
+    def ranks_kept(self) -> float:
+        """The share of the components of all layers that a client sends, those that changed the product most."""
+        return 1.0
 
     def initial(self, adapter: Adapter, weight: Callable[[str], Tensor], rng: np.random.Generator) -> Adapter:
         """Return what the first round starts from: the untrained `adapter`, or one made of it.

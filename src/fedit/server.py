@@ -17,6 +17,7 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save
 from torch import Tensor
 
+from fedit.codec import download_codec
 from fedit.cohort import client_rank, participation, sample_cohort
 from fedit.config import RunConfig
 from fedit.files import write_atomically
@@ -45,6 +46,10 @@ class ServerState:
     optimizer_state: Mapping[str, Tensor] = field(default_factory=dict)
     side_step_bytes: int = 0
     """What the last round added to the adapter's side, or put in its place, as a message."""
+    download_error: Mapping[str, Tensor] = field(default_factory=dict)
+    """What compressed messages to the clients have not told them yet, by tensor name."""
+    messages: tuple[int, ...] = ()
+    """The bytes of every round's compressed message to the clients; 0: it was not compressed, or there was none."""
 
 
 @dataclass(frozen=True)
@@ -95,7 +100,7 @@ def run_round(config: RunConfig, engine: Engine, state: ServerState) -> tuple[Se
     cohort = sample_cohort(config, clients, state.round_index)
     if not cohort:
         record = RoundRecord(state.round_index + 1, [], {}, None, 0.0, None, 0, 0, 0)
-        return replace(state, round_index=state.round_index + 1), record
+        return replace(state, round_index=state.round_index + 1, messages=(*state.messages, 0)), record
     history = participation(config, clients, state.round_index)
     tasks = []
     for client in cohort:
@@ -111,6 +116,7 @@ def run_round(config: RunConfig, engine: Engine, state: ServerState) -> tuple[Se
     aggregation_s = time.perf_counter() - started - answers.waited_s
     adapter, optimizer_state = config.server_optimizer.apply(state.adapter, result.delta, state.optimizer_state)
     adapter = replace(adapter, side=next_side(state.adapter, result))
+    adapter, download_error, message_bytes = _broadcast(config, state, adapter)
     update_norm = distance(adapter, state.adapter)
     if not math.isfinite(update_norm) or not _is_finite(side_tensors(adapter.side)):
         raise RoundError(
@@ -130,7 +136,10 @@ def run_round(config: RunConfig, engine: Engine, state: ServerState) -> tuple[Se
         aggregation_s=aggregation_s,
     )
     side_step_bytes = wire_size(side_tensors(result.side_step)) if result.side_step else 0
-    return ServerState(state.round_index + 1, adapter, optimizer_state, side_step_bytes), record
+    messages = (*state.messages, message_bytes)
+    return ServerState(
+        state.round_index + 1, adapter, optimizer_state, side_step_bytes, download_error, messages
+    ), record
 
 
 def _is_finite(tensors: Mapping[str, Tensor]) -> bool:
@@ -147,14 +156,33 @@ def next_side(adapter: Adapter, result: Aggregate) -> dict[str, LowRank]:
     return side
 
 
+def _broadcast(config: RunConfig, state: ServerState, adapter: Adapter) -> tuple[Adapter, Mapping[str, Tensor], int]:
+    """Return the global adapter as clients will have it, what they were not told, and the bytes of the message.
+
+    Where messages to the clients are compressed, everybody's adapter, the server's too, moves by what they say.
+    """
+    codec = download_codec(config)
+    if codec.is_plain:
+        return adapter, {}, 0
+    before = state.adapter.only(config.aggregation.returned(state.round_index))
+    step = {name: adapter.tensors[name] - tensor for name, tensor in before.items()}
+    sent = codec.send(step, state.download_error, state.round_index)
+    moved = {name: tensor + sent.received[name] for name, tensor in before.items()}
+    adapter = adapter.with_tensors({**adapter.tensors, **moved})
+    return adapter, {**state.download_error, **sent.error}, len(sent.message)
+
+
 def download_size(config: RunConfig, state: ServerState, task: ClientTask, rounds: Sequence[int]) -> int:
     """Return the bytes that a client needs to have the adapter of its task: what changed since its last round.
 
-    At its first contact it needs all that ever changes; what is frozen, or drawn anew, it draws from the seed.
+    At its first contact it needs all that ever changes; what is frozen, or drawn anew, it draws from the seed. With
+    compressed messages it draws the untrained adapter as well, and needs the messages since, or the adapter instead.
     """
     since = range(rounds[-1], task.round_index) if rounds else range(task.round_index + 1)
     factors = {factor for index in since for factor in config.aggregation.returned(index)}
     size = wire_size(task.adapter.only(factors))
+    if not config.download.is_plain:
+        return min(size, sum(state.messages[rounds[-1] if rounds else 0 :]))
     if task.adapter.side:
         whole = wire_size(side_tensors(task.adapter.side))
         was_there = bool(rounds) and rounds[-1] == task.round_index - 1
@@ -197,7 +225,7 @@ class _Answers:
             num_usable += 1
             self.loss_sum += result.loss * result.num_tokens
             self.num_tokens += result.num_tokens
-            self.bytes_up += wire_size(result.update.tensors)
+            self.bytes_up += wire_size(result.update.tensors) if result.num_bytes is None else result.num_bytes
             self.waited_s += time.perf_counter() - asked
             yield result
             asked = time.perf_counter()
@@ -250,11 +278,13 @@ def save_state(state: ServerState, folder: Path, keep: int = 2) -> None:
     tensors = {f"adapter/{name}": tensor for name, tensor in state.adapter.tensors.items()}
     tensors |= {f"side/{name}": tensor for name, tensor in side_tensors(state.adapter.side).items()}
     tensors |= {f"optimizer/{name}": tensor for name, tensor in state.optimizer_state.items()}
+    tensors |= {f"error/{name}": tensor for name, tensor in state.download_error.items()}
     about = {
         "round_index": state.round_index,
         "rank": state.adapter.rank,
         "lora_alpha": state.adapter.lora_alpha,
         "side_step_bytes": state.side_step_bytes,
+        "messages": state.messages,
         "order": list(tensors),  # the file sorts its tensors, and sums over them in another order have other bits
     }
     content = save({name: tensor.contiguous() for name, tensor in tensors.items()}, {"fedit": json.dumps(about)})
@@ -281,12 +311,14 @@ def load_state(folder: Path) -> ServerState | None:
         raise RoundError(
             f"The checkpoint {saved[-1]} is damaged ({error}). Delete it to go on from the one before."
         ) from error
-    adapter, side, optimizer = (
+    adapter, side, optimizer, error = (
         {name.removeprefix(prefix): tensor for name, tensor in tensors.items() if name.startswith(prefix)}
-        for prefix in ("adapter/", "side/", "optimizer/")
+        for prefix in ("adapter/", "side/", "optimizer/", "error/")
     )
     loaded = Adapter(adapter, about["rank"], about["lora_alpha"], side_of(side))
-    return ServerState(about["round_index"], loaded, optimizer, about["side_step_bytes"])
+    return ServerState(
+        about["round_index"], loaded, optimizer, about["side_step_bytes"], error, tuple(about["messages"])
+    )
 
 
 def _checkpoints(folder: Path) -> list[Path]:

@@ -110,7 +110,7 @@ def plan(study: StudyConfig, folder: Path, overrides: Sequence[str], plugin_file
         ConfigError: a combination of choices cannot run, or its folder holds another configuration's run.
     """
     runs = []
-    for seed, *names in itertools.product(study.seeds, *study.axes.values()):
+    for seed, names in itertools.product(study.seeds, itertools.product(*study.axes.values())):
         choices = dict(zip(study.axes, names, strict=True))
         keys = dict(study.override)
         for axis, choice in choices.items():
@@ -138,11 +138,9 @@ def run_study(
     runs: Sequence[StudyRun],
     jobs: int,
     plugin_files: Sequence[Path],
-    notify: Callable[[int, str, str | None], None],
-) -> None:
-    """Run what is not finished, `jobs` runs at a time; `notify` is told how many have ended, which one did, and
-    why it failed, if it did.
-    """
+    say: Callable[[str], None],
+) -> int:
+    """Run what is not finished, `jobs` runs at a time, and return how many failed; `say` is told each end."""
     threads = str(max(1, (os.cpu_count() or 1) // jobs))
     environment = {"OMP_NUM_THREADS": threads, **os.environ}
 
@@ -162,14 +160,18 @@ def run_study(
             status = subprocess.run(command, stdout=output, stderr=output, env=environment, check=False).returncode
         return None if status == 0 else f"exit status {status}, see {log}"
 
+    num_failed = 0
     with ThreadPoolExecutor(jobs) as pool:
         futures = {pool.submit(finish, run): run for run in runs}
         try:
             for done, future in enumerate(as_completed(futures), start=1):
-                notify(done, futures[future].label, future.result())
+                failure = future.result()
+                num_failed += failure is not None
+                say(f"{done} of {len(runs)}: {futures[future].label}{f' failed: {failure}' if failure else ''}")
         except KeyboardInterrupt:
             pool.shutdown(wait=True, cancel_futures=True)
             raise
+    return num_failed
 
 
 def _trains_baselines(study: StudyConfig, choices: Mapping[str, str]) -> bool:

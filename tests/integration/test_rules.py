@@ -153,3 +153,72 @@ def test_a_clients_own_model_is_named(fedit, recipe, tmp_path) -> None:
     done = fedit("export", tmp_path / "plain", "--merged", tmp_path / "merged", "--client", "client0")
     assert done.status != 0
     assert "one model for all clients" in done.stderr
+
+
+# ------------------------------------------------------------------------------------------------ compressed messages
+
+CODECS = [
+    ("dense", "bf16", 1.0),
+    ("dense", "int8", 1.0),
+    ("top-k", "2-bit", 0.1),
+    ("seeded", "fp32", 0.25),
+    ("round-robin", "sign", 0.25),
+]
+
+
+@pytest.mark.parametrize(("mask", "quantizer", "density"), CODECS)
+def test_compressed_messages_are_counted_and_what_they_say_is_what_counts(
+    fedit, recipe, tmp_path, tiny_model_folder, mask: str, quantizer: str, density: float
+) -> None:
+    """The adapter in the files is the one that the clients were told of, and was evaluated."""
+    both = [f"{way}.{key}={value}" for way in ("upload", "download") for key, value in
+            (("mask", mask), ("quantizer", quantizer), ("density", density))]  # fmt: skip
+    run = tmp_path / "run"
+    rounds = run_rule(fedit, recipe, run, "fedit", *both)
+    tensors = load_file(run / "adapter" / "adapter_model.safetensors")
+    numbers = sum(tensor.numel() for tensor in tensors.values())
+    bits = {"fp32": 32, "bf16": 16, "int8": 8, "2-bit": 2, "sign": 1}[quantizer]
+    least = numbers * density * bits / 8
+    for line in rounds:
+        assert least <= line["bytes_up"] / 3 < 1.3 * least + 40 + (numbers / 10 if mask == "top-k" else 0)
+    assert rounds[0]["bytes_down"] == 0, "everybody draws the first adapter from the seed"
+    assert least <= rounds[1]["bytes_down"] / 3 < 1.3 * least + 40 + (numbers / 10 if mask == "top-k" else 0)
+    evaluated = json.loads((run / "evaluation.json").read_text())["models"]["federated"]["response_loss"]["all"]
+    told = response_loss(peft_model(tiny_model_folder, run / "adapter"), held_out_rows(run))
+    assert told == pytest.approx(evaluated, rel=1e-4)
+    assert abs(told - response_loss(AutoModelForCausalLM.from_pretrained(tiny_model_folder), held_out_rows(run))) > 1e-3
+
+
+def test_who_was_away_downloads_what_it_missed(fedit, recipe, tmp_path) -> None:
+    one_by_one = ("cohort.sampling=round_robin", "cohort.size=1", "rounds=7", "download.quantizer=int8")
+    rounds = run_rule(fedit, recipe, tmp_path / "run", "fedit", *one_by_one)
+    message = rounds[1]["bytes_down"]
+    assert [line["bytes_down"] / message for line in rounds] == [0, 1, 2, 3, 3, 3, 3]
+
+
+def test_lora_a2_sends_its_budget_of_ranks(fedit, recipe, tmp_path) -> None:
+    whole = run_rule(fedit, recipe, tmp_path / "rolora", "rolora")
+    half = run_rule(fedit, recipe, tmp_path / "half", "lora-a2", "aggregation.budget=0.5")
+    for one, other in zip(half, whole, strict=True):
+        assert 0.3 * other["bytes_up"] < one["bytes_up"] < 0.6 * other["bytes_up"]
+    all_ranks = run_rule(fedit, recipe, tmp_path / "all", "lora-a2", "aggregation.budget=1.0")
+    assert all_ranks == whole
+
+
+@pytest.mark.parametrize(
+    ("name", "option", "message"),
+    [
+        ("flexlora", "download.quantizer=int8", "sends factors of a new basis"),
+        ("fedex-lora", "download.quantizer=int8", "sends factors of a new basis, or more than factors"),
+        ("flexlora", "upload.error_feedback=true", "changes the factors' basis"),
+        ("lora-a2", "upload.mask=top-k", "chooses itself what clients send"),
+        ("fedit", "upload.density=0.5", "a density below 1 needs another mask than dense"),
+        ("fedit", "upload.quantizer=int3", "'int4'"),
+    ],
+)
+def test_codecs_that_cannot_work(fedit, recipe, tmp_path, name: str, option: str, message: str) -> None:
+    density = ["-o", "upload.density=0.5"] if "mask" in option else []
+    done = fedit("run", recipe, "--out", tmp_path / "run", "-o", f"aggregation.name={name}", "-o", option, *density)
+    assert done.status == 1
+    assert message in " ".join(done.stderr.split())
+    assert not (tmp_path / "run").exists()

@@ -173,10 +173,26 @@ def test_killed_again_and_again(folder, fedit, uninterrupted, tmp_path) -> None:
     assert_same_results(run, uninterrupted)
 
 
-@pytest.mark.parametrize("rule", ["fedsa-lora", "flora", "fedex-lora", "rolora", "fedit-plus"])
-def test_rules_that_keep_more_than_an_adapter(folder, fedit, tmp_path, rule: str) -> None:
-    """Clients' own factors, what lies beside the adapter, and factors in turn: killed twice, and the same bytes."""
-    chosen = ["aggregation.name=" + rule, "server_optimizer.name=fedavg", "client.moments=reset"]
+COMPRESSED = ("upload.mask=top-k", "upload.density=0.1", "upload.quantizer=int8", "download.quantizer=int4")
+"""Errors to make up for, at the clients and at the server"""
+
+
+@pytest.mark.parametrize(
+    ("rule", "more"),
+    [
+        ("fedsa-lora", ()),
+        ("flora", ()),
+        ("fedex-lora", ()),
+        ("rolora", COMPRESSED),
+        ("lora-a2", ()),
+        ("fedit-plus", ()),
+        ("fedit", COMPRESSED),
+        ("tinylora", ()),
+    ],
+)
+def test_rules_that_keep_more_than_an_adapter(folder, fedit, tmp_path, rule: str, more: tuple[str, ...]) -> None:
+    """Clients' own factors, what lies beside the adapter, errors to make up for: killed twice, and the same bytes."""
+    chosen = ["aggregation.name=" + rule, "server_optimizer.name=fedavg", "client.moments=reset", *more]
     options = [part for option in (*chosen, "evaluation.baselines=false") for part in ("-o", option)]
     assert fedit(*start(folder, tmp_path / "whole", *options)).status == 0
     run = tmp_path / "run"

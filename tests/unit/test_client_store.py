@@ -4,9 +4,11 @@ from __future__ import annotations
 
 from pathlib import Path
 
+import pytest
 import torch
 
 from fedit.engines.client_store import ClientStore
+from fedit.interfaces import EngineError
 
 
 def write(store: ClientStore, client: str, round_index: int, value: float) -> None:
@@ -52,3 +54,18 @@ def test_three_rounds_are_kept_and_none_of_a_run_that_was_set_back(tmp_path: Pat
     ):
         write(store, "a", round_index, round_index)
         assert sorted(path.name for path in tmp_path.rglob("*.*")) == [f"round-{i:05d}.safetensors" for i in kept]
+
+
+def test_what_another_configuration_kept_is_refused(tmp_path: Path) -> None:
+    write(ClientStore(tmp_path, "one"), "a", 0, 1.0)
+    with pytest.raises(EngineError, match=r"kept by a run of another configuration \(one, this one is two\)"):
+        ClientStore(tmp_path, "two").read("a", 1)
+    assert read(ClientStore(tmp_path, "one"), "a", 1) == 1.0
+
+
+def test_a_damaged_file_is_refused(tmp_path: Path) -> None:
+    write(ClientStore(tmp_path), "a", 0, 1.0)
+    file = next(tmp_path.rglob("*.safetensors"))
+    file.write_bytes(file.read_bytes()[:-1])
+    with pytest.raises(EngineError, match="is damaged"):
+        ClientStore(tmp_path).read("a", 1)

@@ -5,7 +5,7 @@ up what the clients train), `linear` (where that is exact) and `products` (rules
 """
 
 from fedit.aggregation.factor_means import FedIT, FedRotLoRA, FedSALoRA, HetLoRA, LoRAFAIR
-from fedit.aggregation.linear import FedSB, FFALoRA, RoLoRA, TinyLoRA
+from fedit.aggregation.linear import FedSB, FFALoRA, LoRAA2, RoLoRA, TinyLoRA
 from fedit.aggregation.products import FedExLoRA, FedITPlus, FedMomentum, FedSVD, FlexLoRA, FLoRA, RaFLoRA
 from fedit.aggregation.server_optimizers import FedAdagrad, FedAdam, FedAvg, FedAvgM, FedYogi, Nesterov
 
@@ -27,6 +27,7 @@ __all__ = [
     "FedYogi",
     "FlexLoRA",
     "HetLoRA",
+    "LoRAA2",
     "LoRAFAIR",
     "Nesterov",
     "RaFLoRA",

@@ -52,6 +52,27 @@ class RoLoRA(FedIT):
         return ("lora_B",) if round_index % 2 == 0 else ("lora_A",)
 
 
+class LoRAA2(RoLoRA):
+    """RoLoRA, of which each client sends only what matters most, under a budget (2410.22815).
+
+    A component i of a layer matters by ||dB[:, i]|| ||A[i, :]||, what it changed of the product in this round (and the
+    other way round while A is trained). The share `budget` of the components of all layers travels, so that layers
+    compete; the mean counts what was not sent as unchanged, and is exact for what was. What a client left out is added
+    to its next update of the same factor (error feedback), which the paper does not do: ``-o
+    upload.error_feedback=false`` is the paper's.
+
+    >>> LoRAA2(budget=0.25).ranks_kept
+    0.25
+    """
+
+    name: ClassVar[str] = "lora-a2"
+    budget: float = Field(default=0.5, gt=0, le=1)
+
+    @property
+    def ranks_kept(self) -> float:
+        return self.budget
+
+
 class FedSB(FedIT):
     """Train and average an r x r core between two frozen factors, W0 + s B R A (2502.15436).
 

@@ -9,10 +9,12 @@ from fedit.config.loading import (
     shipped_recipes,
     shipped_studies,
 )
+from fedit.config.run import RunConfig
 from fedit.config.tables import (
     COLUMNS,
     AdapterConfig,
     ClientConfig,
+    CodecConfig,
     CohortConfig,
     DataConfig,
     DType,
@@ -20,7 +22,6 @@ from fedit.config.tables import (
     EvaluationConfig,
     ModelConfig,
     RankRange,
-    RunConfig,
     Table,
 )
 
@@ -28,6 +29,7 @@ __all__ = [
     "COLUMNS",
     "AdapterConfig",
     "ClientConfig",
+    "CodecConfig",
     "CohortConfig",
     "DType",
     "DataConfig",

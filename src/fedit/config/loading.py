@@ -16,7 +16,7 @@ from typing import Any
 from pydantic import ValidationError
 
 from fedit.config.explaining import explain
-from fedit.config.tables import RunConfig
+from fedit.config.run import RunConfig
 from fedit.interfaces import ConfigError, FeditError, did_you_mean
 
 

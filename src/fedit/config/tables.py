@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Annotated, Any, Literal, Self, TypeVar, get_args
+from typing import Annotated, Literal, Self, TypeVar, get_args
 
 from pydantic import (
     BaseModel,
@@ -23,9 +23,7 @@ from fedit.config.explaining import explain
 from fedit.interfaces import (
     Aggregation,
     ConfigError,
-    Partition,
     Plugin,
-    ServerOptimizer,
     Template,
     did_you_mean,
     plugins,
@@ -50,6 +48,15 @@ class Table(BaseModel):
     def _none(cls, value: object, info: ValidationInfo) -> object:
         annotation = cls.model_fields[info.field_name or ""].annotation
         return None if value == "none" and type(None) in get_args(annotation) else value
+
+
+def read_plugin(base: type[P], value: object) -> P:
+    """Return the plug-in that a table, or a name, describes; raise ConfigError naming each wrong key."""
+    try:
+        return base.resolve(value)
+    except ValidationError as error:
+        name = value.get("name") if isinstance(value, Mapping) else value
+        raise ConfigError(explain(error, plugins(base.kind)[str(name)], f"[{base.kind}] {name}: ")) from error
 
 
 class ModelConfig(Table):
@@ -117,7 +124,7 @@ class DataConfig(Table):
     """Rows of each category held out before the partition, where there is no test split."""
     columns: dict[str, str] = Field(default_factory=dict)
     """``{ instruction = "question", ... }``: the column that holds each part, where it has another name."""
-    template: Annotated[SerializeAsAny[Template], BeforeValidator(lambda value: _plugin(Template, value))] = Field(
+    template: Annotated[SerializeAsAny[Template], BeforeValidator(lambda value: read_plugin(Template, value))] = Field(
         default_factory=lambda: Template.resolve("alpaca")
     )
     max_length: int = Field(default=512, ge=8)
@@ -220,6 +227,36 @@ class CohortConfig(Table):
         return self.num_sampled(num_clients) / num_clients
 
 
+class CodecConfig(Table):
+    """How messages are compressed, in one direction: a mask, a quantizer, and what is made up for later."""
+
+    mask: Literal["dense", "top-k", "seeded", "round-robin"] = "dense"
+    """The numbers that travel: all; the largest; as many drawn in each round; or one contiguous segment after another.
+    top-k sends their positions too, the last two are the same for all clients and follow from the round."""
+    density: float = Field(default=1.0, gt=0, le=1)
+    """The share of the numbers that travel, with another mask than dense."""
+    quantizer: Literal["fp32", "bf16", "int8", "int4", "2-bit", "sign"] = "fp32"
+    """Of each number; from int8 on with a bfloat16 scale for every 256 of them."""
+    error_feedback: Literal["auto"] | bool = "auto"
+    """Add what was left out or rounded to the sender's next message, and round to nearest; without it, integers are
+    rounded at random with the right mean. auto: wherever the aggregation keeps the factors' basis."""
+
+    @model_validator(mode="after")
+    def _mask_fits(self) -> Self:
+        if (self.mask == "dense") != (self.density == 1):
+            raise ValueError("a density below 1 needs another mask than dense, and the other way round")
+        return self
+
+    @property
+    def is_plain(self) -> bool:
+        """Whether float32 tensors travel as they are."""
+        return self.mask == "dense" and self.quantizer == "fp32"
+
+    def feeds_back(self, aggregation: Aggregation) -> bool:
+        """Tell whether errors are made up for."""
+        return not aggregation.refactors if self.error_feedback == "auto" else self.error_feedback
+
+
 class EvaluationConfig(Table):
     """What is measured on the held-out rows."""
 
@@ -243,72 +280,3 @@ class EngineConfig(Table):
     """Compute activations again in the backward pass instead of keeping them; auto: where they do not fit."""
     device: str = "auto"
     """cpu, cuda, cuda:1, ...; auto: cuda where there is one."""
-
-
-class RunConfig(Table):
-    """Everything that determines a run's result."""
-
-    seed: int = 0
-    rounds: int = Field(default=10, ge=1)
-    model: ModelConfig = ModelConfig()
-    adapter: AdapterConfig = AdapterConfig()
-    data: DataConfig = Field(default_factory=DataConfig)
-    partition: Annotated[SerializeAsAny[Partition], BeforeValidator(lambda value: _plugin(Partition, value))] = Field(
-        default_factory=lambda: Partition.resolve("category_shards")
-    )
-    client: ClientConfig = Field(default_factory=lambda: ClientConfig(local_epochs=1))
-    cohort: CohortConfig = CohortConfig()
-    aggregation: Annotated[SerializeAsAny[Aggregation], BeforeValidator(lambda value: _plugin(Aggregation, value))] = (
-        Field(default_factory=lambda: Aggregation.resolve("fedit"))
-    )
-    server_optimizer: Annotated[
-        SerializeAsAny[ServerOptimizer], BeforeValidator(lambda value: _plugin(ServerOptimizer, value))
-    ] = Field(default_factory=lambda: ServerOptimizer.resolve("fedavg"))
-    evaluation: EvaluationConfig = EvaluationConfig()
-    engine: EngineConfig = EngineConfig()
-
-    def check(self) -> None:
-        """Raise ConfigError for combinations that no data or hardware could make work."""
-        num_clients = getattr(self.partition, "num_clients", None)
-        if num_clients is not None:
-            if self.cohort.size is not None and self.cohort.size > num_clients:
-                raise ConfigError(
-                    f"[cohort] size = {self.cohort.size} is more than [partition] num_clients = {num_clients}."
-                )
-            sampled = self.cohort.num_sampled(num_clients)
-            if self.cohort.min_updates > sampled:
-                raise ConfigError(
-                    f"[cohort] min_updates = {self.cohort.min_updates} can never be reached: a cohort has {sampled} "
-                    "clients. Lower it, or sample more."
-                )
-        if not isinstance(self.adapter.rank, int) and not self.aggregation.mixed_ranks:
-            able = [name for name, plugin in plugins("aggregation").items() if getattr(plugin, "mixed_ranks", False)]
-            raise ConfigError(
-                f"[aggregation] name = {self.aggregation.name!r} needs clients of equal rank, got [adapter] rank = "
-                f"{self.to_json()['adapter']['rank']}. Use one rank, or one of: {', '.join(able)}."
-            )
-        if self.client.moments == "keep" and self.aggregation.refactors:
-            raise ConfigError(
-                f'[client] moments = "keep" goes on with moments of the old factors, but [aggregation] name = '
-                f'{self.aggregation.name!r} changes their basis in every round. Use moments = "reset" with it.'
-            )
-        factors = [set(self.aggregation.trained(index)) for index in range(min(2, self.rounds))]
-        if self.client.moments == "keep" and factors[0] != factors[-1]:
-            raise ConfigError(
-                f'[client] moments = "keep" counts the steps of an adapter, but [aggregation] name = '
-                f'{self.aggregation.name!r} trains its factors in turn. Use moments = "reset" with it.'
-            )
-        for plugin in (self.data.template, self.partition, self.aggregation, self.server_optimizer):
-            plugin.check(self)
-
-    def to_json(self) -> dict[str, Any]:
-        """Return the configuration as `parse_config` reads it."""
-        return self.model_dump(mode="json")
-
-
-def _plugin(base: type[P], value: object) -> P:
-    try:
-        return base.resolve(value)
-    except ValidationError as error:
-        name = value.get("name") if isinstance(value, Mapping) else value
-        raise ConfigError(explain(error, plugins(base.kind)[str(name)], f"[{base.kind}] {name}: ")) from error

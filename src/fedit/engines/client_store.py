@@ -6,9 +6,11 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from safetensors.torch import load_file, save
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save
 
 from fedit.files import folder_name, write_atomically
+from fedit.interfaces import EngineError
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -21,13 +23,34 @@ class ClientStore:
     when it was killed: up to two rounds are run again, and must find what the client kept before them.
     """
 
-    def __init__(self, folder: Path) -> None:
+    def __init__(self, folder: Path, owner: str = "") -> None:
+        """Open the store in `folder`; `owner` names what run it belongs to."""
         self._folder = folder
+        self._owner = owner
 
     def read(self, client: str, round_index: int) -> dict[str, Tensor]:
-        """Return what `client` kept after its last round before `round_index`; empty where there was none."""
+        """Return what `client` kept after its last round before `round_index`; empty where there was none.
+
+        Raises:
+            EngineError: another run kept it, or the file is damaged.
+        """
         earlier = [file for file in self._files(client) if _round_index(file) < round_index]
-        return load_file(earlier[-1]) if earlier else {}
+        if not earlier:
+            return {}
+        try:
+            with safe_open(earlier[-1], "pt") as file:
+                owner = (file.metadata() or {}).get("owner", "")
+                tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118 (not a dict)
+        except SafetensorError as error:
+            raise EngineError(
+                f"{earlier[-1]} is damaged ({error}). Delete it to go on from what was kept before."
+            ) from error
+        if owner != self._owner:
+            raise EngineError(
+                f"{earlier[-1]} was kept by a run of another configuration ({owner or 'unnamed'}, this one is "
+                f"{self._owner or 'unnamed'}). Give this run a folder of its own, or delete {self._folder}."
+            )
+        return tensors
 
     def write(self, client: str, round_index: int, tensors: Mapping[str, Tensor]) -> None:
         """Keep `tensors` as what `client` has after the round `round_index`, in place of all that came later.
@@ -36,7 +59,9 @@ class ClientStore:
             FeditError: it cannot be written (disk full, ...); what was kept before is intact.
         """
         file = self._client_folder(client) / f"round-{round_index:05d}.safetensors"
-        write_atomically(file, save({name: tensor.cpu().contiguous() for name, tensor in tensors.items()}))
+        write_atomically(
+            file, save({name: t.cpu().contiguous() for name, t in tensors.items()}, {"owner": self._owner})
+        )
         files = self._files(client)
         for old in [*files[: max(0, files.index(file) - 2)], *files[files.index(file) + 1 :]]:
             old.unlink()

@@ -7,14 +7,15 @@ from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 import torch
 from torch import Tensor
 
+from fedit.codec import upload_codec
 from fedit.config import RunConfig
 from fedit.engines.client_store import ClientStore
 from fedit.interfaces import Adapter, ClientFailure, ClientTask, ClientUpdate, EncodedExample, derive_seed
 from fedit.model import StackedModel
 from fedit.tuning import Moments, TuningResult, TuningTask, tune
 
-PRIVATE = "private/"
-"""In front of the names of a client's own factors in its store."""
+PRIVATE, ERROR = "private/", "error/"
+"""In front of names in a client's store: factors of its own; what its messages have not told yet."""
 
 
 class Simulation:
@@ -47,14 +48,15 @@ class Simulation:
         longest_first = sorted(tasks, key=lambda task: -self._config.client.num_steps(len(self._clients[task.client])))
         tuning_tasks = (self._tuning_task(task) for task in longest_first)
         for result in tune(self._model, tuning_tasks, self._config.client, num_slots, self._on_step, trained):
-            if result.failure is None:
-                self._keep(round_index, result, private)
-            yield _answer(result, shared)
+            if result.failure is not None:
+                yield ClientFailure(result.task.name, result.failure)
+            else:
+                yield self._answer(round_index, result, shared, private)
 
     def personal(self, adapter: Adapter, round_index: int) -> dict[str, Adapter]:
         """Return the models of the clients that had factors of their own before a round: the global one with these."""
         own = {client: self._store.read(client, round_index) for client in self._clients}
-        return {client: _with_private(adapter, kept) for client, kept in own.items() if _private(kept)}
+        return {client: _with_private(adapter, kept) for client, kept in own.items() if _named(kept, PRIVATE)}
 
     def _tuning_task(self, task: ClientTask) -> TuningTask:
         examples = self._clients[task.client]
@@ -72,34 +74,38 @@ class Simulation:
             moments=Moments(kept["first"], kept["second"], int(kept["num_steps"])) if "first" in kept else None,
         )
 
-    def _keep(self, round_index: int, result: TuningResult, private: Collection[str]) -> None:
-        """Write down what the client needs in its next round and nobody else may see."""
-        tensors = {PRIVATE + name: tensor for name, tensor in result.adapter.only(private).items()}
+    def _answer(
+        self, round_index: int, result: TuningResult, shared: Collection[str], private: Collection[str]
+    ) -> ClientUpdate:
+        """Return what the client sends, and write down what it needs in its next round and nobody else may see."""
+        client, received = result.task.name, result.task.adapter
+        kept = {PRIVATE + name: tensor for name, tensor in result.adapter.only(private).items()}
         if self._config.client.moments == "keep":
             moments = result.moments
-            tensors |= {"first": moments.first, "second": moments.second, "num_steps": torch.tensor(moments.num_steps)}
-        if tensors:
-            self._store.write(result.task.name, round_index, tensors)
+            kept |= {"first": moments.first, "second": moments.second, "num_steps": torch.tensor(moments.num_steps)}
+        update = {name: tuned - received.tensors[name] for name, tuned in result.adapter.only(shared).items()}
+        num_bytes, codec = None, upload_codec(self._config)
+        if not codec.is_plain:
+            errors = _named(self._store.read(client, round_index), ERROR)
+            sent = codec.send(update, errors, round_index, client, received.tensors)
+            update, num_bytes = dict(sent.received), len(sent.message)
+            kept |= {ERROR + name: tensor for name, tensor in {**errors, **sent.error}.items()}
+        if kept:
+            self._store.write(client, round_index, kept)
+        return ClientUpdate(
+            client=client,
+            update=Adapter(update, received.rank, received.lora_alpha),
+            num_examples=len(result.task.examples),
+            num_tokens=result.num_tokens,
+            loss=result.loss,
+            num_steps=result.task.num_steps,
+            num_bytes=num_bytes,
+        )
 
 
-def _private(kept: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    return {name.removeprefix(PRIVATE): tensor for name, tensor in kept.items() if name.startswith(PRIVATE)}
+def _named(kept: Mapping[str, Tensor], prefix: str) -> dict[str, Tensor]:
+    return {name.removeprefix(prefix): tensor for name, tensor in kept.items() if name.startswith(prefix)}
 
 
 def _with_private(adapter: Adapter, kept: Mapping[str, Tensor]) -> Adapter:
-    return adapter.with_tensors({**adapter.tensors, **_private(kept)})
-
-
-def _answer(result: TuningResult, shared: Collection[str]) -> ClientUpdate | ClientFailure:
-    if result.failure is not None:
-        return ClientFailure(result.task.name, result.failure)
-    received = result.task.adapter
-    update = {name: tuned - received.tensors[name] for name, tuned in result.adapter.only(shared).items()}
-    return ClientUpdate(
-        client=result.task.name,
-        update=Adapter(update, received.rank, received.lora_alpha),
-        num_examples=len(result.task.examples),
-        num_tokens=result.num_tokens,
-        loss=result.loss,
-        num_steps=result.task.num_steps,
-    )
+    return adapter.with_tensors({**adapter.tensors, **_named(kept, PRIVATE)})

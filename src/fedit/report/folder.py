@@ -7,8 +7,10 @@ from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
+from urllib.parse import unquote
 
-from fedit.interfaces import ConfigError, DataError
+from fedit.files import folder_name
+from fedit.interfaces import ConfigError, DataError, did_you_mean
 
 
 @dataclass(frozen=True, slots=True)
@@ -51,6 +53,24 @@ class RunFolder:
     def run(self) -> Mapping[str, Any]:
         """The run's configuration, as `RunConfig.to_json` gave it."""
         return self.config.get("config", {})
+
+    def adapter_folder(self, client: str | None = None) -> Path:
+        """Return where the run's adapter is, or a client's own where the aggregation leaves each its own.
+
+        Raises:
+            ConfigError: there is one adapter for all and a client was named, or the other way round.
+        """
+        own = sorted(unquote(item.name) for item in (self.path / "adapters").glob("*"))
+        if client is None and not own:
+            return self.path / "adapter"
+        if client not in own:
+            what = (
+                "one model for all clients"
+                if not own
+                else f"a model for each client. {did_you_mean(client or '', own)}"
+            )
+            raise ConfigError(f"--client {client or '(not given)'}: {self.path} holds {what}")
+        return self.path / "adapters" / folder_name(client)
 
     def answers(self) -> Iterator[Mapping[str, Any]]:
         """Yield the lines of ``answers.jsonl`` one by one: a run of many clients has more than fit in memory."""

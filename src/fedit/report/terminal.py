@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from statistics import median
 from typing import Any
 
@@ -48,6 +48,14 @@ def _tokens(name: str, model: Mapping[str, Any]) -> str:
     """Return the training tokens; of local-only, the mean of so many models."""
     clients = model.get("per_client") if name == "local" else None
     return f"{len(clients)} × {count(model['tokens'])}" if clients else count(model["tokens"])
+
+
+def study_table(headings: Sequence[str], lines: Sequence[Sequence[str]]) -> RenderableType:
+    """Return the table of a study."""
+    table = Table(*headings)
+    for line in lines:
+        table.add_row(*map(Text, line))
+    return table
 
 
 def preflight_table(partition: Mapping[str, Any]) -> RenderableType:

@@ -1,0 +1,108 @@
+"""The whole run description, and the combinations that cannot work."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from typing import Annotated, Any
+
+from pydantic import BeforeValidator, Field, SerializeAsAny
+
+from fedit.config.tables import (
+    AdapterConfig,
+    ClientConfig,
+    CodecConfig,
+    CohortConfig,
+    DataConfig,
+    EngineConfig,
+    EvaluationConfig,
+    ModelConfig,
+    Table,
+    read_plugin,
+)
+from fedit.interfaces import Aggregation, ConfigError, Partition, ServerOptimizer, plugins
+
+
+class RunConfig(Table):
+    """Everything that determines a run's result."""
+
+    seed: int = 0
+    rounds: int = Field(default=10, ge=1)
+    model: ModelConfig = ModelConfig()
+    adapter: AdapterConfig = AdapterConfig()
+    data: DataConfig = Field(default_factory=DataConfig)
+    partition: Annotated[SerializeAsAny[Partition], BeforeValidator(lambda value: read_plugin(Partition, value))] = (
+        Field(default_factory=lambda: Partition.resolve("category_shards"))
+    )
+    client: ClientConfig = Field(default_factory=lambda: ClientConfig(local_epochs=1))
+    cohort: CohortConfig = CohortConfig()
+    aggregation: Annotated[
+        SerializeAsAny[Aggregation], BeforeValidator(lambda value: read_plugin(Aggregation, value))
+    ] = Field(default_factory=lambda: Aggregation.resolve("fedit"))
+    server_optimizer: Annotated[
+        SerializeAsAny[ServerOptimizer], BeforeValidator(lambda value: read_plugin(ServerOptimizer, value))
+    ] = Field(default_factory=lambda: ServerOptimizer.resolve("fedavg"))
+    upload: CodecConfig = CodecConfig()
+    download: CodecConfig = CodecConfig()
+    evaluation: EvaluationConfig = EvaluationConfig()
+    engine: EngineConfig = EngineConfig()
+
+    def check(self) -> None:
+        """Raise ConfigError for combinations that no data or hardware could make work."""
+        num_clients = getattr(self.partition, "num_clients", None)
+        if num_clients is not None:
+            if self.cohort.size is not None and self.cohort.size > num_clients:
+                raise ConfigError(
+                    f"[cohort] size = {self.cohort.size} is more than [partition] num_clients = {num_clients}."
+                )
+            sampled = self.cohort.num_sampled(num_clients)
+            if self.cohort.min_updates > sampled:
+                raise ConfigError(
+                    f"[cohort] min_updates = {self.cohort.min_updates} can never be reached: a cohort has {sampled} "
+                    "clients. Lower it, or sample more."
+                )
+        if not isinstance(self.adapter.rank, int) and not self.aggregation.mixed_ranks:
+            able = [name for name, plugin in plugins("aggregation").items() if getattr(plugin, "mixed_ranks", False)]
+            raise ConfigError(
+                f"[aggregation] name = {self.aggregation.name!r} needs clients of equal rank, got [adapter] rank = "
+                f"{self.to_json()['adapter']['rank']}. Use one rank, or one of: {', '.join(able)}."
+            )
+        if self.client.moments == "keep" and self.aggregation.refactors:
+            raise ConfigError(
+                f'[client] moments = "keep" goes on with moments of the old factors, but [aggregation] name = '
+                f'{self.aggregation.name!r} changes their basis in every round. Use moments = "reset" with it.'
+            )
+        factors = [set(self.aggregation.trained(index)) for index in range(min(2, self.rounds))]
+        if self.client.moments == "keep" and factors[0] != factors[-1]:
+            raise ConfigError(
+                f'[client] moments = "keep" counts the steps of an adapter, but [aggregation] name = '
+                f'{self.aggregation.name!r} trains its factors in turn. Use moments = "reset" with it.'
+            )
+        self._check_codecs()
+        for plugin in (self.data.template, self.partition, self.aggregation, self.server_optimizer):
+            plugin.check(self)
+
+    def _check_codecs(self) -> None:
+        rule = self.aggregation
+        if not self.download.is_plain and (rule.refactors or rule.keeps_side):
+            raise ConfigError(
+                f"[download] compresses steps of the global factors, but [aggregation] name = {rule.name!r} sends "
+                "factors of a new basis, or more than factors, in every round. Leave [download] out, or use fedit."
+            )
+        if self.upload.error_feedback is True and rule.refactors:
+            raise ConfigError(
+                f"[upload] error_feedback adds an earlier round's error, but [aggregation] name = {rule.name!r} "
+                "changes the factors' basis in every round. Leave it out."
+            )
+        if rule.ranks_kept < 1 and self.upload.mask != "dense":
+            raise ConfigError(
+                f"[aggregation] name = {rule.name!r} chooses itself what clients send. Leave [upload] mask out."
+            )
+
+    def to_json(self) -> dict[str, Any]:
+        """Return the configuration as `parse_config` reads it."""
+        return self.model_dump(mode="json")
+
+    def digest(self) -> str:
+        """Return a short name of the configuration: another one has another."""
+        return hashlib.sha256(json.dumps(self.to_json(), sort_keys=True).encode()).hexdigest()[:16]
