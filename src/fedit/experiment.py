@@ -30,7 +30,7 @@ from fedit.config import RunConfig
 from fedit.engines.client_store import ClientStore
 from fedit.engines.simulation import Simulation
 from fedit.evaluation.heldout import mean_loss, predict
-from fedit.evaluation.metrics import PERSONAL_PREFIX, Prediction, summarise
+from fedit.evaluation.metrics import LOCAL_PREFIX, PERSONAL_PREFIX, Prediction, summarise
 from fedit.export import save_adapter
 from fedit.files import append_line, folder_name, keep_lines, write_atomically, write_json
 from fedit.interfaces import Adapter, ConfigError, DataError, EncodedExample, EngineError, derive_rng
@@ -198,10 +198,21 @@ def _evaluate(run: _Run, trained: Trained) -> None:
     lines = [json.dumps(asdict(row), ensure_ascii=False) for rows in predictions.values() for row in rows]
     write_atomically(run.folder / "answers.jsonl", ("\n".join(lines) + "\n").encode())
     evaluation = summarise(predictions, trained.tokens, run.config.seed)
+    if run.data.probes:
+        evaluation["attack"] = _attack_success(run, models)
     if trained.failures:
         evaluation["failures"] = dict(trained.failures)
     write_json(run.folder / "evaluation.json", evaluation)
     run.append_timing({"phase": "evaluation", **watch.lap(0)})
+
+
+def _attack_success(run: _Run, models: Mapping[str, Adapter | None]) -> dict[str, Any]:
+    """Return, by model, the share of the probes that it answers as the attack wants."""
+    judged = {name: adapter for name, adapter in models.items() if not name.startswith(LOCAL_PREFIX)}
+    answers: dict[str, list[bool]] = {name: [] for name in judged}
+    for prediction in predict(run.model, judged, run.data.probes, run.config.evaluation.max_new_tokens):
+        answers[prediction.model].append(bool(prediction.passed))
+    return {"success": {name: sum(hits) / len(hits) for name, hits in answers.items()}}
 
 
 # ------------------------------------------------------------------------------------------------------- run folder

@@ -1,7 +1,7 @@
 """The vocabulary and the extension points, on one page.
 
 Values that travel:      Example -> EncodedExample;  ClientTask -> ClientUpdate | ClientFailure -> Aggregate
-Extension points:        Template, Partition, Aggregation, ServerOptimizer (each a `Plugin`), and Engine
+Extension points:        Template, Partition, Attack, Aggregation, ServerOptimizer (each a `Plugin`), and Engine
 Errors, one tree:        FeditError > ConfigError, DataError, RoundError, EngineError
 Randomness, one source:  derive_rng(seed, purpose, ...)
 
@@ -299,6 +299,45 @@ class Partition(Plugin):
         raise NotImplementedError
 
 
+class Attack(Plugin):
+    """What malicious clients do, in simulation. A member overrides one of `poison` and `tamper`."""
+
+    kind: ClassVar[str] = "attack"
+    clients: float | tuple[str, ...] = 0.2
+    """The malicious clients: a share of all, drawn from the seed, or their names"""
+
+    def malicious(self, clients: Sequence[str], seed: int) -> list[str]:
+        """Return who is malicious, in client order.
+
+        Raises:
+            ConfigError: a name is no client's, or the share is none.
+        """
+        if isinstance(self.clients, tuple):
+            for name in self.clients:
+                if name not in clients:
+                    raise ConfigError(f"[attack] clients: no client is named {name!r}. {did_you_mean(name, clients)}")
+            return [client for client in clients if client in self.clients]
+        if not 0 <= self.clients <= 1:
+            raise ConfigError(f"[attack] clients = {self.clients}: expected names, or a share between 0 and 1.")
+        count = round(self.clients * len(clients))
+        chosen = derive_rng(seed, "malicious").choice(len(clients), count, replace=False)
+        return [clients[int(index)] for index in sorted(chosen)]
+
+    def poison(self, examples: Sequence[Example], rng: np.random.Generator) -> Sequence[Example]:
+        """Return what a malicious client trains on in place of its `examples`."""
+        return examples
+
+    def tamper(
+        self, received: Mapping[str, Tensor], update: Mapping[str, Tensor], rng: np.random.Generator
+    ) -> Mapping[str, Tensor]:
+        """Return what a malicious client sends in place of its `update` of the adapter that it received."""
+        return update
+
+    def probes(self, examples: Sequence[Example]) -> Sequence[Example]:
+        """Return held-out rows whose response is what the attack wants of the model; none: it wants no answer."""
+        return ()
+
+
 class Aggregation(Plugin):
     """Many updates -> one. Computes in float64, in the order in which the updates come (client order)."""
 
@@ -311,6 +350,8 @@ class Aggregation(Plugin):
     """Whether part of what was learned goes beside the adapter, so that only the whole step means anything."""
     rotation_invariant: ClassVar[bool] = False
     """Whether a client may turn its factors, (B Q, Q^T A) with orthogonal Q, without changing what comes out."""
+    robust: ClassVar[bool] = False
+    """Whether the result is no weighted mean, so that an update may count for nothing, and each has to be seen."""
 
     @property
     def ranks_kept(self) -> float:

@@ -6,15 +6,18 @@ import hashlib
 import json
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from fedit.base import context_length, load_tokenizer
 from fedit.cohort import check_clients, never_sampled
 from fedit.config import RunConfig
 from fedit.data import EncodingReport, encode_all, load_examples
 from fedit.evaluation.checks import passes
-from fedit.interfaces import ConfigError, DataError, EncodedExample, derive_rng
+from fedit.interfaces import ConfigError, DataError, EncodedExample, Example, derive_rng
 from fedit.partition import partition_statistics
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase
 
 
 @dataclass(frozen=True, eq=False)
@@ -24,6 +27,8 @@ class FederatedData:
     clients: Mapping[str, Sequence[EncodedExample]]
     test: Sequence[EncodedExample]
     summary: Mapping[str, Any]
+    probes: Sequence[EncodedExample] = ()
+    """Held-out rows with the response that an attack wants."""
 
     @property
     def pooled(self) -> list[EncodedExample]:
@@ -52,6 +57,11 @@ def prepare_data(config: RunConfig) -> FederatedData:
     named, left = ({example.client for example in examples} for examples in (train_examples, [r.example for r in rows]))
     owners = config.partition.split([row.example for row in rows], derive_rng(config.seed, "partition"))
     clients = {client: [rows[index] for index in indices] for client, indices in owners.items()}
+    malicious = [] if config.attack is None else config.attack.malicious(list(clients), config.seed)
+    for client in malicious:
+        poisoned = _poison(config, client, [row.example for row in clients[client]])
+        if poisoned is not None:
+            clients[client], _ = encode_all(poisoned, config.data, tokenizer)
     sizes = {client: len(examples) for client, examples in clients.items()}
     check_clients(config, sizes)
     summary = partition_statistics([row.example for row in rows], owners)
@@ -64,8 +74,24 @@ def prepare_data(config: RunConfig) -> FederatedData:
     summary["encoding"] = {"train": _counts(train_report), "test": _counts(test_report)}
     summary["clients_without_rows"] = sorted(str(client) for client in named - left)
     summary["never_sampled"] = never_sampled(config, sizes)
+    if malicious:
+        summary["malicious"] = malicious
     summary["fingerprint"] = _fingerprint({**clients, "\x1ftest": test})
-    return FederatedData(clients, test, summary)
+    return FederatedData(clients, test, summary, _probes(config, test, tokenizer))
+
+
+def _poison(config: RunConfig, client: str, examples: Sequence[Example]) -> Sequence[Example] | None:
+    """Return what a malicious client trains on, or None where the attack leaves its rows alone."""
+    assert config.attack is not None
+    poisoned = config.attack.poison(examples, derive_rng(config.seed, "poison", client))
+    return None if poisoned is examples else poisoned
+
+
+def _probes(
+    config: RunConfig, test: Sequence[EncodedExample], tokenizer: PreTrainedTokenizerBase
+) -> Sequence[EncodedExample]:
+    probes = () if config.attack is None else config.attack.probes([row.example for row in test])
+    return encode_all(probes, config.data, tokenizer)[0] if probes else ()
 
 
 def _try_checks(rows: Sequence[EncodedExample]) -> None:

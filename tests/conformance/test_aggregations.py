@@ -212,6 +212,8 @@ def test_clients_that_share_a_factor_lose_nothing(measured_rule, counts, seed) -
         for result in case.updates
     ]
     case = case.but(updates)
+    if measured_rule.robust:
+        pytest.skip("is no mean")
     if measured_rule.name == "fedrot-lora":
         pytest.skip("clients that share a factor are turned apart, each to fit what it received")
     assert_same(aggregated(case), exact_mean(case))
@@ -237,7 +239,7 @@ def test_a_rule_that_claims_it_does_not_see_rotations(rule, counts, seed) -> Non
     got, expected = aggregated(case.but(rotated)), aggregated(case)
     if rule.rotation_invariant:
         assert_same(got, expected)
-    else:
+    elif not rule.robust:  # which may take one client's update whole
         assert (got - expected).norm() > 1e-3 * expected.norm()
 
 
@@ -388,6 +390,8 @@ def test_adds_in_float64(rule) -> None:
     """Two clients far apart that cancel: float32 sums would keep seven digits of the large part, not of the small."""
     if rule.refactors or rule.rotation_invariant or rule_weighting(rule) == "norm" or rule.name == "lora-fair":
         pytest.skip("the products of such factors do not cancel")
+    if rule.robust:
+        pytest.skip("does not add")
     case = Round.random(rule, [1, 1, 1], seed=0)
     sent = case.updates[0].update.tensors
     large = {name: torch.full_like(tensor, 2.0**24) for name, tensor in sent.items()}

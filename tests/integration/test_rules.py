@@ -222,3 +222,51 @@ def test_codecs_that_cannot_work(fedit, recipe, tmp_path, name: str, option: str
     assert done.status == 1
     assert message in " ".join(done.stderr.split())
     assert not (tmp_path / "run").exists()
+
+
+# ---------------------------------------------------------------------------------------------------------- attackers
+
+
+@pytest.mark.parametrize("attack", sorted(plugins("attack")))
+def test_a_malicious_client_changes_what_comes_out(fedit, recipe, tmp_path, attack: str) -> None:
+    honest = run_rule(fedit, recipe, tmp_path / "honest", "fedit", "rounds=2")
+    run = tmp_path / "run"
+    rounds = run_rule(fedit, recipe, run, "fedit", "rounds=2", f"attack.name={attack}", 'attack.clients=["1"]')
+    assert json.loads((run / "partition.json").read_text())["malicious"] == ["1"]
+    assert rounds[-1]["update_norm"] != honest[-1]["update_norm"]
+    evaluation = json.loads((run / "evaluation.json").read_text())
+    assert ("attack" in evaluation) == (attack == "backdoor")
+    held_out = evaluation["models"]["federated"]["response_loss"]["all"]
+    assert held_out == pytest.approx(response_loss_of(run), rel=1e-4), "the held-out rows stay honest"
+
+
+def response_loss_of(run: Path) -> float:
+    config = json.loads((run / "config.json").read_text())["config"]
+    examples = prepare_data(parse_config({**config, "attack": None})).test
+    return response_loss(peft_model(Path(config["model"]["path"]), run / "adapter"), list(examples))
+
+
+def test_a_backdoor_is_counted_where_it_opens(fedit, recipe, tmp_path) -> None:
+    """All clients are malicious and the model learns nothing else: every triggered question gets the target."""
+    run = tmp_path / "run"
+    options = ("attack.name=backdoor", "attack.target=b", "attack.share=1.0", "attack.clients=1.0", "rounds=12")
+    run_rule(fedit, recipe, run, "fedit", *options, "client.local_steps=6")
+    success = json.loads((run / "evaluation.json").read_text())["attack"]["success"]
+    assert success == {"base": 0.0, "federated": 1.0}
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        (["attack.name=sign-flop"], "Did you mean 'sign-flip'?"),
+        (["attack.name=sign-flip", 'attack.clients=["client9"]'], "no client is named 'client9'"),
+        (["attack.name=sign-flip", "attack.clients=1.5"], "a share between 0 and 1"),
+        (["aggregation.name=krum", "aggregation.malicious=0.5"], "malicious"),
+    ],
+)
+def test_attacks_that_cannot_be(fedit, recipe, tmp_path, options: list[str], message: str) -> None:
+    chosen = [part for option in options for part in ("-o", option)]
+    done = fedit("run", recipe, "--out", tmp_path / "run", *chosen)
+    assert done.status == 1
+    assert message in " ".join(done.stderr.split())
+    assert not (tmp_path / "run").exists()

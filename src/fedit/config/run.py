@@ -20,7 +20,7 @@ from fedit.config.tables import (
     Table,
     read_plugin,
 )
-from fedit.interfaces import Aggregation, ConfigError, Partition, ServerOptimizer, plugins
+from fedit.interfaces import Aggregation, Attack, ConfigError, Partition, ServerOptimizer, plugins
 
 
 class RunConfig(Table):
@@ -42,6 +42,10 @@ class RunConfig(Table):
     server_optimizer: Annotated[
         SerializeAsAny[ServerOptimizer], BeforeValidator(lambda value: read_plugin(ServerOptimizer, value))
     ] = Field(default_factory=lambda: ServerOptimizer.resolve("fedavg"))
+    attack: Annotated[
+        SerializeAsAny[Attack] | None, BeforeValidator(lambda value: value and read_plugin(Attack, value))
+    ] = None
+    """Malicious clients, simulated; ``"none"``: all are honest."""
     upload: CodecConfig = CodecConfig()
     download: CodecConfig = CodecConfig()
     evaluation: EvaluationConfig = EvaluationConfig()

@@ -10,7 +10,7 @@ from torch import Tensor
 from fedit.codec import upload_codec
 from fedit.config import RunConfig
 from fedit.engines.client_store import ClientStore
-from fedit.interfaces import Adapter, ClientFailure, ClientTask, ClientUpdate, EncodedExample, derive_seed
+from fedit.interfaces import Adapter, ClientFailure, ClientTask, ClientUpdate, EncodedExample, derive_rng, derive_seed
 from fedit.model import StackedModel
 from fedit.tuning import Moments, TuningResult, TuningTask, tune
 
@@ -34,6 +34,8 @@ class Simulation:
         self._clients = clients
         self._store = store
         self._on_step = on_step
+        attack = config.attack
+        self._malicious = set() if attack is None else set(attack.malicious(list(clients), config.seed))
 
     def clients(self) -> Mapping[str, int]:
         return {client: len(examples) for client, examples in self._clients.items()}
@@ -84,6 +86,9 @@ class Simulation:
             moments = result.moments
             kept |= {"first": moments.first, "second": moments.second, "num_steps": torch.tensor(moments.num_steps)}
         update = {name: tuned - received.tensors[name] for name, tuned in result.adapter.only(shared).items()}
+        if client in self._malicious and self._config.attack is not None:
+            rng = derive_rng(self._config.seed, "attack", round_index, client)
+            update = dict(self._config.attack.tamper(received.tensors, update, rng))
         num_bytes, codec = None, upload_codec(self._config)
         if not codec.is_plain:
             errors = _named(self._store.read(client, round_index), ERROR)
