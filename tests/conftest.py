@@ -51,10 +51,10 @@ def shared(repository: Path) -> Path:
 @pytest.fixture
 def registry(monkeypatch: pytest.MonkeyPatch) -> dict[str, dict[str, type]]:
     """The registry of plug-ins, restored after the test: define plug-ins of your own in it."""
-    from fedit import interfaces
+    from fedit import plugin
 
-    copy = {kind: dict(members) for kind, members in interfaces._registry.items()}
-    monkeypatch.setattr(interfaces, "_registry", copy)
+    copy = {kind: dict(members) for kind, members in plugin._registry.items()}
+    monkeypatch.setattr(plugin, "_registry", copy)
     return copy
 
 

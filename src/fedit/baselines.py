@@ -23,8 +23,9 @@ from fedit.evaluation.metrics import LOCAL_PREFIX
 from fedit.files import write_atomically
 from fedit.interfaces import Adapter, derive_seed
 from fedit.model import StackedModel
+from fedit.optimizer import Moments
 from fedit.prepare import FederatedData
-from fedit.tuning import Moments, TuningTask, tune
+from fedit.tuning import TuningTask, tune
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -66,7 +67,7 @@ def central_task(config: RunConfig, data: FederatedData, initial: Adapter, num_t
     """Return the training on the rows of all clients for `num_tokens`, up to the rest of a batch."""
     pooled = data.pooled
     steps_per_pass = -(-len(pooled) // config.client.batch_size)
-    num_steps = max(1, round(num_tokens / sum(len(example) for example in pooled) * steps_per_pass))
+    num_steps = max(1, round(num_tokens / sum(example.num_trained for example in pooled) * steps_per_pass))
     return TuningTask("central", pooled, initial, 0, num_steps, num_steps, derive_seed(config.seed, "central"))
 
 
@@ -142,7 +143,8 @@ def _train_piece(
             )
             pieces.append(piece)
     # Fewer steps than rounds leave some pieces empty.
-    results = list(tune(model, [piece for piece in pieces if piece.num_steps], config.client, len(group), on_step))
+    tasks = [piece for piece in pieces if piece.num_steps]
+    results = list(tune(model, tasks, config.client, len(group), on_step, objective=config.objective))
     adapters = {piece.name: piece.adapter for piece in pieces}
     tokens, failures, moments = dict(saved.trained.tokens), dict(saved.trained.failures), dict(saved.moments)
     for result in results:

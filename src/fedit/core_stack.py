@@ -6,7 +6,7 @@ module knows of cores: the model computes as ever, and the optimizer moves the c
 
 from __future__ import annotations
 
-from collections.abc import Collection
+from collections.abc import Collection, Mapping
 
 import torch
 from torch import Tensor
@@ -47,9 +47,13 @@ class CoreStack:
     def write(self, slot: int, adapter: Adapter) -> None:
         """Copy `adapter` into a slot."""
         self._model.write(slot, adapter.plain())
-        flat = torch.cat([adapter.tensors[name].flatten() for name in self._names])
-        self.parameters[slot] = flat.to(self.parameters)
+        self.parameters[slot] = self.flat(adapter.tensors, adapter.rank)
         self.parameters_changed(slice(slot, slot + 1))
+
+    def flat(self, tensors: Mapping[str, Tensor], rank: int) -> Tensor:
+        """Return the trained tensors among `tensors` as one row [c] of `parameters`; what they lack is zero."""
+        parts = zip(self._names, self._shapes, strict=True)
+        return torch.cat([tensors.get(name, torch.zeros(shape)).to(self.parameters).flatten() for name, shape in parts])
 
     def read(self, slot: int, rank: int) -> dict[str, Tensor]:
         """Return a copy of a slot's trained tensors on the CPU."""

@@ -29,8 +29,8 @@ from fedit.cohort import mean_share
 from fedit.config import RunConfig
 from fedit.engines.client_store import ClientStore
 from fedit.engines.simulation import Simulation
-from fedit.evaluation.heldout import mean_loss, predict
-from fedit.evaluation.metrics import LOCAL_PREFIX, PERSONAL_PREFIX, Prediction, summarise
+from fedit.evaluation.heldout import mean_loss, predict, preference_accuracy, with_reference_margins
+from fedit.evaluation.metrics import FEDERATED_PREFIX, LOCAL_PREFIX, PERSONAL_PREFIX, Prediction, summarise
 from fedit.export import save_adapter
 from fedit.files import append_line, folder_name, keep_lines, write_atomically, write_json
 from fedit.interfaces import Adapter, ConfigError, DataError, EncodedExample, EngineError, derive_rng
@@ -117,15 +117,21 @@ def run_experiment(
     model = StackedModel(base, load_tokenizer(config.model.path), config.adapter)
     fit_memory(model, config.engine, config.client, list(data.clients.values()))
     _start_folder(folder, data, describe_run(config, model, digest, recipe, plugin_files))
+    if config.objective.preferences:
+        clients = {client: with_reference_margins(model, rows) for client, rows in data.clients.items()}
+        data = replace(data, clients=clients, test=with_reference_margins(model, data.test))
     run = _Run(config, folder, data, model, model.fresh_adapter(derive_rng(config.seed, "adapter")), notify)
 
     federated, personal = _federated(run)
-    if not personal:
+    keeps_factors = _keeps_factors(config)
+    if not keeps_factors:
         save_adapter(federated, config, model, folder / "adapter")
     for client, adapter in personal.items():
         save_adapter(adapter, config, model, folder / "adapters" / folder_name(client))
     num_tokens = sum(line["tokens"] for line in RunFolder.read(folder).rounds)
-    models = {PERSONAL_PREFIX + client: adapter for client, adapter in personal.items()} or {"federated": federated}
+    prefix = FEDERATED_PREFIX if keeps_factors else PERSONAL_PREFIX
+    models = {} if keeps_factors else {"federated": federated}
+    models |= {prefix + client: adapter for client, adapter in personal.items()}
     trained = Trained(models, {"base": 0} | dict.fromkeys(models, num_tokens))
     if config.evaluation.baselines:
         trained |= _baseline(run, "local", local_tasks(config, data, run.initial), num_tokens)
@@ -137,8 +143,8 @@ def run_experiment(
 
 
 def _federated(run: _Run) -> tuple[Adapter, dict[str, Adapter]]:
-    """Train the rounds that are not saved yet; return the global adapter, and the models of clients with factors of
-    their own.
+    """Train the rounds that are not saved yet; return the global adapter, and the own models of clients that have
+    factors, or a whole model, of their own.
     """
     config, checkpoints, rounds = run.config, run.folder / "checkpoints", run.folder / "rounds.jsonl"
     state = load_state(checkpoints)
@@ -153,7 +159,9 @@ def _federated(run: _Run) -> tuple[Adapter, dict[str, Adapter]]:
         timing = watch.lap(record.tokens)
         every = config.evaluation.every
         if state.round_index == config.rounds or (every and state.round_index % every == 0):
-            models = list(engine.personal(state.adapter, state.round_index).values()) or [state.adapter]
+            models = [state.adapter]
+            if _keeps_factors(config):
+                models = list(engine.personal(state.adapter, state.round_index).values())
             loss = mean_loss(run.model, models, run.data.test)
             record = replace(record, test_loss=loss if math.isfinite(loss) else None)
         # The line comes first: a line without its checkpoint is dropped on resume, the reverse could not be mended.
@@ -173,6 +181,11 @@ def _federated(run: _Run) -> tuple[Adapter, dict[str, Adapter]]:
     run.notify(PhaseStarted("federated", round((config.rounds - state.round_index) * per_round)))
     adapter = train(config, engine, state, finish_round).adapter
     return adapter, engine.personal(adapter, config.rounds)
+
+
+def _keeps_factors(config: RunConfig) -> bool:
+    """Tell whether clients have factors of their own, so that there is no model for all."""
+    return set(config.aggregation.shared(0)) != set(config.aggregation.trained(0))
 
 
 def _baseline(run: _Run, phase: str, tasks: Sequence[TuningTask], num_tokens: int) -> Trained:
@@ -198,6 +211,8 @@ def _evaluate(run: _Run, trained: Trained) -> None:
     lines = [json.dumps(asdict(row), ensure_ascii=False) for rows in predictions.values() for row in rows]
     write_atomically(run.folder / "answers.jsonl", ("\n".join(lines) + "\n").encode())
     evaluation = summarise(predictions, trained.tokens, run.config.seed)
+    if run.config.objective.preferences:
+        evaluation["preference_accuracy"] = preference_accuracy(run.model, models, run.data.test)
     if run.data.probes:
         evaluation["attack"] = _attack_success(run, models)
     if trained.failures:
@@ -298,7 +313,7 @@ def _start_folder(folder: Path, data: FederatedData, described: Mapping[str, Any
 def _round_tokens(config: RunConfig, examples: Sequence[EncodedExample]) -> float:
     """Return the tokens that a client is expected to train on in a round."""
     passes = config.client.num_steps(len(examples)) / -(-len(examples) // config.client.batch_size)
-    return passes * sum(len(example) for example in examples)
+    return passes * sum(example.num_trained for example in examples)
 
 
 class _Watch:

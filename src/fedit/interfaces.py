@@ -1,8 +1,8 @@
 """The vocabulary and the extension points, on one page.
 
 Values that travel:      Example -> EncodedExample;  ClientTask -> ClientUpdate | ClientFailure -> Aggregate
-Extension points:        Template, Partition, Attack, Aggregation, ServerOptimizer (each a `Plugin`), and Engine
-Errors, one tree:        FeditError > ConfigError, DataError, RoundError, EngineError
+Extension points:        Template, Partition, Objective, Attack, Aggregation, ServerOptimizer (each a `Plugin`); Engine
+Errors, one tree:        FeditError > ConfigError, DataError, RoundError, EngineError (`fedit.errors`)
 Randomness, one source:  derive_rng(seed, purpose, ...)
 
 What travels is an `Adapter`, LoRA tensors by name; ``lora_A`` and ``lora_B`` are its factors (`fedit.adapter`).
@@ -10,53 +10,53 @@ What travels is an `Adapter`, LoRA tensors by name; ``lora_A`` and ``lora_B`` ar
 
 from __future__ import annotations
 
-import difflib
 import hashlib
 from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING, Any, ClassVar, Protocol, Self
+from typing import TYPE_CHECKING, Any, ClassVar, Protocol
 
 import numpy as np
-from pydantic import BaseModel, ConfigDict, SerializerFunctionWrapHandler, model_serializer
 
 from fedit.adapter import FACTORS, Adapter
+from fedit.errors import ConfigError, DataError, EngineError, FeditError, RoundError, did_you_mean
+from fedit.plugin import Plugin, plugin_kinds, plugins
 
 if TYPE_CHECKING:
     from torch import Tensor
     from transformers import PreTrainedTokenizerBase
 
-    from fedit.config import RunConfig
     from fedit.lowrank import LowRank
 
-
-# ---------------------------------------------------------------------------------------------------------- errors
-
-
-class FeditError(Exception):
-    """Whatever fedit refuses or fails at. The message says what, where, got, expected and how to fix it."""
-
-
-class ConfigError(FeditError):
-    """The run description is wrong or impossible. Raised before anything is loaded."""
-
-
-class DataError(FeditError):
-    """A file, row, column or tokenizer cannot be used; names the file and line where there is one."""
-
-
-class RoundError(FeditError):
-    """A round could not be completed; the last checkpoint is intact."""
-
-
-class EngineError(FeditError):
-    """The machine, the model or the transport cannot do what was asked."""
-
-
-def did_you_mean(name: str, known: Iterable[str]) -> str:
-    """Return a sentence that names the nearest known word, or all of them when none is near."""
-    known = sorted(known)
-    near = difflib.get_close_matches(name, known, n=1)
-    return f"Did you mean {near[0]!r}?" if near else f"Known: {', '.join(known) or 'none'}."
+__all__ = [
+    "FACTORS",
+    "Adapter",
+    "Aggregate",
+    "Aggregation",
+    "Attack",
+    "ClientFailure",
+    "ClientTask",
+    "ClientUpdate",
+    "ConfigError",
+    "DataError",
+    "EncodedExample",
+    "Engine",
+    "EngineError",
+    "Example",
+    "FeditError",
+    "Objective",
+    "Partition",
+    "Plugin",
+    "RoundError",
+    "Segment",
+    "ServerOptimizer",
+    "Template",
+    "Turn",
+    "derive_rng",
+    "derive_seed",
+    "did_you_mean",
+    "plugin_kinds",
+    "plugins",
+]
 
 
 # ------------------------------------------------------------------------------------------------------ randomness
@@ -94,6 +94,8 @@ class Example:
     system: str = ""
     client: str | None = None
     """The client that the data itself names (a column, or one file per client); used by the natural partition."""
+    rejected: str | None = None
+    """An answer that the last response is preferred to."""
     checks: Mapping[str, Any] | None = None
     """How a program verifies any generated answer (`fedit.evaluation.checks`); None: compare with the response."""
     source: str = ""
@@ -114,10 +116,19 @@ class EncodedExample:
     supervised: np.ndarray
     """bool [T]: the loss is taken on predicting these tokens"""
     example: Example
+    rejected: EncodedExample | None = None
+    """The same prompt with the rejected response, where preferences are trained on."""
+    reference_margin: float = 0.0
+    """How much the frozen base prefers the response to the rejected one: the difference of their log-likelihoods."""
 
     @property
     def num_supervised(self) -> int:
         return int(self.supervised.sum())
+
+    @property
+    def num_trained(self) -> int:
+        """Tokens that a pass over the row takes, those of its rejected response's row included."""
+        return len(self) + (0 if self.rejected is None else len(self.rejected))
 
     @property
     def prompt_ids(self) -> np.ndarray:
@@ -150,6 +161,8 @@ class ClientTask:
     """The received adapter, of this client's own rank."""
     num_earlier: int = 0
     """Earlier rounds that sampled this client: it goes on in its rows where the last of them stopped."""
+    control: Mapping[str, Tensor] = field(default_factory=dict)
+    """The mean of all clients' control variates, by tensor name; empty: there are none, or they are zero."""
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -167,6 +180,8 @@ class ClientUpdate:
     """Mean training loss per response token over the round's steps, nats."""
     num_steps: int
     """Optimizer steps taken in this round."""
+    control_step: Mapping[str, Tensor] = field(default_factory=dict)
+    """What the client's control variate changed by; empty: it has none."""
     num_bytes: int | None = None
     """Length of the compressed message that the update came in; None: it came as float32 tensors."""
 
@@ -207,69 +222,6 @@ class Engine(Protocol):
 
 
 # ------------------------------------------------------------------------------------------------------- plug-ins
-
-_registry: dict[str, dict[str, type[Plugin]]] = {}
-
-
-class Plugin(BaseModel):
-    """A plug-in is its configuration: the fields are its parameters, the docstring is its documentation.
-
-    Defining a subclass that has a ``name`` registers it under the ``kind`` of its base class, so that the TOML table
-    ``[<kind>] name = "<name>"`` selects it and the table's other keys are its fields.
-    """
-
-    model_config = ConfigDict(frozen=True, extra="forbid")
-    kind: ClassVar[str]
-    name: ClassVar[str]
-
-    @classmethod
-    def __pydantic_init_subclass__(cls, **kwargs: Any) -> None:
-        super().__pydantic_init_subclass__(**kwargs)
-        if "name" not in cls.__dict__:
-            return
-        known = _registry.setdefault(cls.kind, {})
-        other = known.get(cls.name)
-        if other is not None and (other.__module__, other.__qualname__) != (cls.__module__, cls.__qualname__):
-            raise ConfigError(
-                f"Two {cls.kind} plug-ins are named {cls.name!r}: {other.__module__}.{other.__qualname__} and "
-                f"{cls.__module__}.{cls.__qualname__}. Rename one."
-            )
-        known[cls.name] = cls
-
-    @classmethod
-    def resolve(cls, value: object) -> Self:
-        """Return the plug-in that a configuration value (a name, or a table with a name) describes.
-
-        Raises:
-            ConfigError: no name, or one that nobody registered.
-        """
-        if isinstance(value, cls):
-            return value
-        table = {"name": value} if isinstance(value, str) else dict(value) if isinstance(value, Mapping) else {}
-        name = table.pop("name", None)
-        if not isinstance(name, str):
-            raise ConfigError(f"[{cls.kind}]: expected a name, got {value!r}. {did_you_mean('', plugins(cls.kind))}")
-        chosen = plugins(cls.kind).get(name)
-        if chosen is None:
-            raise ConfigError(f"[{cls.kind}] name = {name!r} is unknown. {did_you_mean(name, plugins(cls.kind))}")
-        return chosen.model_validate(table)  # type: ignore[return-value]
-
-    @model_serializer(mode="wrap")
-    def _with_name(self, handler: SerializerFunctionWrapHandler) -> dict[str, Any]:
-        return {"name": self.name, **handler(self)}
-
-    def check(self, run: RunConfig) -> None:
-        """Raise ConfigError if this plug-in cannot work in `run`. Called when the configuration loads."""
-
-
-def plugins(kind: str) -> Mapping[str, type[Plugin]]:
-    """Return the registered plug-ins of one kind by name."""
-    return _registry.get(kind, {})
-
-
-def plugin_kinds() -> list[str]:
-    """Return every kind that has a registered plug-in."""
-    return sorted(_registry)
 
 
 class Template(Plugin):
@@ -336,6 +288,34 @@ class Attack(Plugin):
     def probes(self, examples: Sequence[Example]) -> Sequence[Example]:
         """Return held-out rows whose response is what the attack wants of the model; none: it wants no answer."""
         return ()
+
+
+class Objective(Plugin):
+    """What a client minimises: the loss of its responses, and what the members below add or put in its place."""
+
+    kind: ClassVar[str] = "objective"
+    control_variates: ClassVar[bool] = False
+    """Whether gradients are corrected by control variates, which the clients and the server keep."""
+    preferences: ClassVar[bool] = False
+    """Whether rows have a rejected response too, and `preference_loss` takes the place of the loss."""
+
+    @property
+    def pull(self) -> float:
+        """The strength p of ``p / 2 ||x - x_received||^2``, which is added to the loss."""
+        return 0.0
+
+    @property
+    def personal_pull(self) -> float | None:
+        """The same of each client's own model, trained beside the shared one; None: there is none."""
+        return None
+
+    def preference_loss(self, margin: Tensor) -> Tensor:
+        """Return the loss of every row by its margin, float64 [rows].
+
+        The margin is how much more than the base the model prefers the response to the rejected one:
+        ``(log p(chosen) - log p_0(chosen)) - (log p(rejected) - log p_0(rejected))``, nats, summed over tokens.
+        """
+        raise NotImplementedError
 
 
 class Aggregation(Plugin):

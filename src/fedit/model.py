@@ -261,12 +261,19 @@ class StackedModel:
                 f"{[expected.get(name) for name in wrong[:3]]}. Nothing was loaded."
             )
         with torch.no_grad():
-            self.parameters[slot] = 0
+            self.parameters[slot] = self.flat(adapter.tensors, adapter.rank)
             self.scaling[slot] = adapter.scaling
-            for layer, (a, b) in self._factors:
-                a[slot, : adapter.rank] = adapter.tensors[f"{layer.name}.lora_A.weight"].to(self.device)
-                b[slot, :, : adapter.rank] = adapter.tensors[f"{layer.name}.lora_B.weight"].to(self.device)
         self.parameters_changed(slice(slot, slot + 1))
+
+    def flat(self, tensors: Mapping[str, Tensor], rank: int) -> Tensor:
+        """Return tensors of an adapter of `rank` as one row [d] of `parameters`; what they lack is zero."""
+        row = self.parameters.new_zeros(1, self.num_parameters)
+        for layer, (a, b) in self.views(row):
+            if (tensor := tensors.get(f"{layer.name}.lora_A.weight")) is not None:
+                a[0, :rank] = tensor.to(row)
+            if (tensor := tensors.get(f"{layer.name}.lora_B.weight")) is not None:
+                b[0, :, :rank] = tensor.to(row)
+        return row[0]
 
     def read(self, slot: int, rank: int) -> dict[str, Tensor]:
         """Return a copy of a slot's tensors on the CPU, cut to `rank`."""

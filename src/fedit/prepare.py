@@ -51,8 +51,9 @@ def prepare_data(config: RunConfig) -> FederatedData:
         )
     tokenizer = load_tokenizer(config.model.path)
     train_examples, test_examples = load_examples(config.data, config.seed)
-    rows, train_report = encode_all(train_examples, config.data, tokenizer)
-    test, test_report = encode_all(test_examples, config.data, tokenizer)
+    pairs = config.objective.preferences
+    rows, train_report = encode_all(train_examples, config.data, tokenizer, pairs=pairs)
+    test, test_report = encode_all(test_examples, config.data, tokenizer, pairs=pairs)
     _try_checks(test)
     named, left = ({example.client for example in examples} for examples in (train_examples, [r.example for r in rows]))
     owners = config.partition.split([row.example for row in rows], derive_rng(config.seed, "partition"))
@@ -61,12 +62,12 @@ def prepare_data(config: RunConfig) -> FederatedData:
     for client in malicious:
         poisoned = _poison(config, client, [row.example for row in clients[client]])
         if poisoned is not None:
-            clients[client], _ = encode_all(poisoned, config.data, tokenizer)
+            clients[client], _ = encode_all(poisoned, config.data, tokenizer, pairs=pairs)
     sizes = {client: len(examples) for client, examples in clients.items()}
     check_clients(config, sizes)
     summary = partition_statistics([row.example for row in rows], owners)
     for client, examples in clients.items():
-        summary["clients"][client]["tokens"] = sum(len(example) for example in examples)
+        summary["clients"][client]["tokens"] = sum(example.num_trained for example in examples)
     categories = [example.example.category for example in test]
     summary["test"] = {category: categories.count(category) for category in dict.fromkeys(categories)}
     if "all" in summary["test"]:
@@ -115,6 +116,8 @@ def _fingerprint(parts: Mapping[str, Sequence[EncodedExample]]) -> str:
         digest.update(json.dumps([name, len(part)]).encode())
         for example in part:
             digest.update(example.input_ids.tobytes() + example.supervised.tobytes())
+            if example.rejected is not None:
+                digest.update(example.rejected.input_ids.tobytes())
             judged = [example.example.category, example.example.response, example.example.checks]
             digest.update(json.dumps(judged, sort_keys=True, default=str).encode())
     return digest.hexdigest()

@@ -50,6 +50,8 @@ class ServerState:
     """What compressed messages to the clients have not told them yet, by tensor name."""
     messages: tuple[int, ...] = ()
     """The bytes of every round's compressed message to the clients; 0: it was not compressed, or there was none."""
+    control: Mapping[str, Tensor] = field(default_factory=dict)
+    """The mean of all clients' control variates, by tensor name."""
 
 
 @dataclass(frozen=True)
@@ -105,7 +107,7 @@ def run_round(config: RunConfig, engine: Engine, state: ServerState) -> tuple[Se
     tasks = []
     for client in cohort:
         adapter = state.adapter.cut(client_rank(config, clients, client))
-        tasks.append(ClientTask(client, state.round_index, adapter, len(history[client])))
+        tasks.append(ClientTask(client, state.round_index, adapter, len(history[client]), state.control))
     answers = _Answers(tasks, config.aggregation.shared(state.round_index))
     updates = answers.updates(engine.run(tasks), config.cohort.min_updates)
     rng = derive_rng(config.seed, "aggregation", state.round_index)
@@ -137,13 +139,23 @@ def run_round(config: RunConfig, engine: Engine, state: ServerState) -> tuple[Se
     )
     side_step_bytes = wire_size(side_tensors(result.side_step)) if result.side_step else 0
     messages = (*state.messages, message_bytes)
+    control = _moved(state.control, answers.control_sum, 1 / len(clients))
     return ServerState(
-        state.round_index + 1, adapter, optimizer_state, side_step_bytes, download_error, messages
+        state.round_index + 1, adapter, optimizer_state, side_step_bytes, download_error, messages, control
     ), record
 
 
 def _is_finite(tensors: Mapping[str, Tensor]) -> bool:
     return all(bool(torch.isfinite(tensor).all()) for tensor in tensors.values())
+
+
+def _moved(tensors: Mapping[str, Tensor], steps: Mapping[str, Tensor], factor: float) -> Mapping[str, Tensor]:
+    """Return ``tensors + factor steps``, float64 in between; tensors that are not there are zero."""
+    if not steps:
+        return tensors
+    return {
+        n: ((tensors[n].double() if n in tensors else 0) + factor * step.double()).float() for n, step in steps.items()
+    }
 
 
 def next_side(adapter: Adapter, result: Aggregate) -> dict[str, LowRank]:
@@ -181,6 +193,8 @@ def download_size(config: RunConfig, state: ServerState, task: ClientTask, round
     since = range(rounds[-1], task.round_index) if rounds else range(task.round_index + 1)
     factors = {factor for index in since for factor in config.aggregation.returned(index)}
     size = wire_size(task.adapter.only(factors))
+    if task.control:
+        size += wire_size(task.control)
     if not config.download.is_plain:
         return min(size, sum(state.messages[rounds[-1] if rounds else 0 :]))
     if task.adapter.side:
@@ -201,6 +215,8 @@ class _Answers:
     loss_sum: float = 0.0
     num_tokens: int = 0
     bytes_up: int = 0
+    control_sum: Mapping[str, Tensor] = field(default_factory=dict)
+    """Of the changes of the clients' control variates"""
     waited_s: float = 0.0
     """For the clients, while somebody asked for their updates"""
 
@@ -225,6 +241,9 @@ class _Answers:
             num_usable += 1
             self.loss_sum += result.loss * result.num_tokens
             self.num_tokens += result.num_tokens
+            if result.control_step:
+                self.control_sum = _moved(self.control_sum, result.control_step, 1.0)
+                self.bytes_up += wire_size(result.control_step)
             self.bytes_up += wire_size(result.update.tensors) if result.num_bytes is None else result.num_bytes
             self.waited_s += time.perf_counter() - asked
             yield result
@@ -248,7 +267,10 @@ def unusable(task: ClientTask, result: ClientUpdate, shared: Collection[str] = F
     sent, returned = ((adapter.rank, adapter.lora_alpha) for adapter in (task.adapter, result.update))
     if returned != sent:
         return f"the update has another scale: (rank, lora_alpha) {returned}, sent {sent}"
-    broken = [name for name, tensor in result.update.tensors.items() if not bool(torch.isfinite(tensor).all())]
+    if result.control_step and {n: t.shape for n, t in result.control_step.items()} != expected:
+        return "the control variate is not shaped like the update"
+    travelled = [*result.update.tensors.items(), *result.control_step.items()]
+    broken = [name for name, tensor in travelled if not bool(torch.isfinite(tensor).all())]
     if broken:
         return f"the update is not finite ({len(broken)} tensors, first {broken[0]})"
     if not math.isfinite(result.loss):
@@ -278,6 +300,7 @@ def save_state(state: ServerState, folder: Path, keep: int = 2) -> None:
     tensors = {f"adapter/{name}": tensor for name, tensor in state.adapter.tensors.items()}
     tensors |= {f"side/{name}": tensor for name, tensor in side_tensors(state.adapter.side).items()}
     tensors |= {f"optimizer/{name}": tensor for name, tensor in state.optimizer_state.items()}
+    tensors |= {f"control/{name}": tensor for name, tensor in state.control.items()}
     tensors |= {f"error/{name}": tensor for name, tensor in state.download_error.items()}
     about = {
         "round_index": state.round_index,
@@ -311,13 +334,13 @@ def load_state(folder: Path) -> ServerState | None:
         raise RoundError(
             f"The checkpoint {saved[-1]} is damaged ({error}). Delete it to go on from the one before."
         ) from error
-    adapter, side, optimizer, error = (
+    adapter, side, optimizer, error, control = (
         {name.removeprefix(prefix): tensor for name, tensor in tensors.items() if name.startswith(prefix)}
-        for prefix in ("adapter/", "side/", "optimizer/", "error/")
+        for prefix in ("adapter/", "side/", "optimizer/", "error/", "control/")
     )
     loaded = Adapter(adapter, about["rank"], about["lora_alpha"], side_of(side))
     return ServerState(
-        about["round_index"], loaded, optimizer, about["side_step_bytes"], error, tuple(about["messages"])
+        about["round_index"], loaded, optimizer, about["side_step_bytes"], error, tuple(about["messages"]), control
     )
 
 

@@ -194,6 +194,7 @@ MEASURES = {
     "worst_client": ("Worst client", 3),
     "exact_match": ("Exact match", 3),
     "gap_closed": ("Gap closed", 2),
+    "preference_accuracy": ("Preferred", 3),
     "attack_success": ("Attack success", 3),
     "bytes_up": ("Up, bytes", 0),
     "bytes_down": ("Down, bytes", 0),
@@ -232,8 +233,16 @@ def _of_run(run: RunFolder, reference: Mapping[str, Any]) -> dict[str, float]:
     seconds = [line["aggregation_seconds"] for line in run.timings if "aggregation_seconds" in line]
     values = {
         "response_loss": federated["response_loss"]["all"],
-        "worst_client": evaluation.get("federated_worst_client", {}).get("response_loss"),
+        "worst_client": next(
+            (
+                evaluation[f"{kind}_worst_client"]["response_loss"]
+                for kind in ("federated", "personal")
+                if f"{kind}_worst_client" in evaluation
+            ),
+            None,
+        ),
         "exact_match": federated.get("exact_match", {}).get("all"),
+        "preference_accuracy": evaluation.get("preference_accuracy", {}).get("federated"),
         "attack_success": evaluation.get("attack", {}).get("success", {}).get("federated"),
         "bytes_up": sum(line["bytes_up"] for line in run.rounds) / max(1, client_rounds),
         "bytes_down": sum(line["bytes_down"] for line in run.rounds) / max(1, client_rounds),

@@ -1,15 +1,16 @@
 """Local tuning of many clients at once on the one resident base.
 
 A turn takes the next batch of as many live slots as one pass through the base holds, puts the rows of all of them
-through it together, and moves each of these slots by its own AdamW step. The loss of a slot is the mean over the
-response tokens of its own batch, and rows do not see each other, so each client's gradients are exactly those of tuning
-it alone. A finished slot is refilled with the next task.
+through it together, and moves each of these slots by a step of its own optimizer. The loss of a slot is the mean over
+the response tokens of its own batch, and rows do not see each other, so each client's gradients are exactly those of
+tuning it alone. A finished slot is refilled with the next task.
 """
 
 from __future__ import annotations
 
 import itertools
 import math
+from collections import Counter, defaultdict
 from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 
@@ -18,20 +19,12 @@ import torch
 
 from fedit.config import ClientConfig
 from fedit.core_stack import CoreStack
-from fedit.interfaces import FACTORS, Adapter, EncodedExample, derive_rng, derive_seed
+from fedit.interfaces import FACTORS, Adapter, EncodedExample, Objective, derive_rng, derive_seed
 from fedit.model import StackedModel
+from fedit.optimizer import Moments, StackedOptimizer
 
-BETA1, BETA2, EPSILON = 0.9, 0.999, 1e-8
-
-
-@dataclass(frozen=True, eq=False)
-class Moments:
-    """What AdamW remembers of a training; with it, and the adapter, the training goes on as if it had not stopped."""
-
-    first: torch.Tensor
-    """[d], of the stack's layout; so is `second`"""
-    second: torch.Tensor
-    num_steps: int
+_PLAIN = Objective()
+"""The mean loss per response token"""
 
 
 @dataclass(frozen=True, eq=False)
@@ -50,6 +43,11 @@ class TuningTask:
     """Where in its walk through the rows the client stands: with a sampled cohort it has taken fewer steps."""
     moments: Moments | None = None
     """AdamW's at the first step; None: it starts afresh, as a federated client does in every round."""
+    anchor: Mapping[str, torch.Tensor] | None = None
+    """Tensors by name that the training is drawn to, ``pull / 2 ||x - anchor||^2``"""
+    pull: float = 0.0
+    correction: Mapping[str, torch.Tensor] | None = None
+    """Tensors by name that are added to every gradient (control variates)"""
 
 
 @dataclass(frozen=True, eq=False)
@@ -63,6 +61,8 @@ class TuningResult:
     num_tokens: int
     """Trained on, without padding."""
     moments: Moments
+    rate_sum: float = 0.0
+    """Of the learning rates of all steps"""
     failure: str | None = None
 
 
@@ -75,6 +75,7 @@ class _Slot:
     step: int = 0
     losses: list[float] = field(default_factory=list)
     num_tokens: int = 0
+    rate_sum: float = 0.0
     batch: list[EncodedExample] = field(default_factory=list)
     """Of the step to come"""
 
@@ -86,10 +87,12 @@ class _Slot:
     def steps_left(self) -> int:
         return self.task.num_steps - self.step
 
-    def prepare(self, batch_size: int) -> None:
+    def prepare(self, batch_size: int, objective: Objective) -> None:
         """Take the next step's batch from the client's walk through its rows."""
         examples, step = self.task.examples, self.task.first_batch + self.step
         self.batch = [examples[i] for i in batch_indices(len(examples), batch_size, step, self.task.seed)]
+        if objective.preferences:
+            self.batch += [example.rejected for example in self.batch if example.rejected is not None]
 
 
 def tune(
@@ -99,6 +102,7 @@ def tune(
     num_slots: int,
     on_step: Callable[[int], None] = lambda num_tokens: None,
     trained: Collection[str] = FACTORS,
+    objective: Objective = _PLAIN,
 ) -> Iterator[TuningResult]:
     """Yield the result of every task as it finishes, training up to `num_slots` of them at the same time.
 
@@ -117,7 +121,7 @@ def tune(
         model.allocate(num_slots, trained)
     else:
         stack = CoreStack(model, num_slots, first.adapter)
-    optimizer = StackedAdamW(stack, config, trained)
+    optimizer = StackedOptimizer(stack, config, trained)
     free, live = list(range(num_slots)), list[_Slot]()
     while True:
         while free and (task := next(queue, None)) is not None:
@@ -125,16 +129,20 @@ def tune(
             model.set_side(task.adapter.side, shared=bool(live))
             stack.write(slot.index, task.adapter)
             optimizer.start(slot.index, task.moments)
-            slot.prepare(config.batch_size)
+            if task.anchor is not None:
+                optimizer.pull(slot.index, stack.flat(task.anchor, task.adapter.rank), task.pull)
+            if task.correction is not None:
+                optimizer.correct(slot.index, stack.flat(task.correction, task.adapter.rank))
+            slot.prepare(config.batch_size, objective)
             live.append(slot)
         if not live:
             return
         turn = _take_turn(live, model.batch_tokens)
-        finite = _step(model, optimizer, turn, config)
+        finite = _step(model, optimizer, turn, config, objective)
         on_step(sum(slot.batch_tokens for slot in turn))
         for slot, healthy in zip(turn, finite, strict=True):
             if healthy and slot.steps_left:
-                slot.prepare(config.batch_size)
+                slot.prepare(config.batch_size, objective)
                 continue
             live.remove(slot)
             free.append(slot.index)
@@ -155,54 +163,100 @@ def _take_turn(live: Sequence[_Slot], limit: int) -> list[_Slot]:
     return turn
 
 
-def _step(model: StackedModel, optimizer: StackedAdamW, turn: Sequence[_Slot], config: ClientConfig) -> list[bool]:
+@dataclass(frozen=True, eq=False)
+class _Rows:
+    """The rows of a turn, slot by slot; of preferences, a slot's chosen rows and then its rejected ones."""
+
+    slots: Sequence[int]
+    examples: Sequence[EncodedExample]
+    seeds: Sequence[int]
+    """Of dropout"""
+
+
+def _step(
+    model: StackedModel, optimizer: StackedOptimizer, turn: Sequence[_Slot], config: ClientConfig, objective: Objective
+) -> list[bool]:
     """Train one step of the slots of a turn; return which of them stayed finite."""
-    rows, examples, seeds = list[int](), list[EncodedExample](), list[int]()
-    num_supervised = np.zeros(model.num_slots)
+    slots, examples, seeds = list[int](), list[EncodedExample](), list[int]()
     for slot in turn:
         step = slot.task.first_batch + slot.step
         for position, example in enumerate(slot.batch):
-            rows.append(slot.index)
+            slots.append(slot.index)
             examples.append(example)
             seeds.append(derive_seed(slot.task.seed, "dropout", step, position) if model.dropout else 0)
-            num_supervised[slot.index] += example.num_supervised
-    weights = 1 / np.maximum(num_supervised, 1)
+    rows = _Rows(slots, examples, seeds)
+    backpropagate = _backpropagate_preferences if objective.preferences else _backpropagate_responses
     losses, reason = None, ""
     try:
-        losses = _add_gradients(model, rows, examples, seeds, weights)
+        losses = backpropagate(model, rows, objective)
     except torch.OutOfMemoryError as error:
         reason = str(error)
     if losses is None:  # not in the handler: there, the error keeps the tensors of the failed pass alive
         model.halve_batches(reason)
-        losses = _add_gradients(model, rows, examples, seeds, weights)
-    mean_losses = (losses * weights).tolist()
-    norms = optimizer.step({slot.index: _learning_rate(config, slot) for slot in turn})
+        losses = backpropagate(model, rows, objective)
+    rates = {slot.index: _learning_rate(config, slot) for slot in turn}
+    norms = optimizer.step(rates)
     for slot in turn:
+        slot.rate_sum += rates[slot.index]
         slot.step += 1
         slot.num_tokens += slot.batch_tokens
-        slot.losses.append(mean_losses[slot.index])
-    return [math.isfinite(mean_losses[slot.index]) and math.isfinite(norms[slot.index]) for slot in turn]
+        slot.losses.append(losses[slot.index])
+    return [math.isfinite(losses[slot.index]) and math.isfinite(norms[slot.index]) for slot in turn]
 
 
-def _add_gradients(
-    model: StackedModel,
-    slots: Sequence[int],
-    examples: Sequence[EncodedExample],
-    seeds: Sequence[int],
-    weights: np.ndarray,
-) -> np.ndarray:
-    """Backpropagate the loss of every example's tokens times its slot's weight; return each slot's summed loss [S]."""
-    losses = torch.zeros_like(model.scaling)
-    weight_of_slot = torch.from_numpy(weights).to(model.scaling)
-    for part, batch in model.batches(examples, slots, seeds):
-        token_losses, row = model.token_losses(batch)
-        slot_of_token = torch.as_tensor([slots[i] for i in part], device=model.device)[row]
-        (token_losses * weight_of_slot[slot_of_token]).sum().backward()
-        losses.index_add_(0, slot_of_token, token_losses.detach())
-    return losses.cpu().numpy()
+def _backpropagate_responses(model: StackedModel, rows: _Rows, _: Objective) -> dict[int, float]:
+    """Add the gradients of each slot's mean loss per response token; return these losses."""
+    num_supervised: dict[int, int] = defaultdict(int)
+    for slot, example in zip(rows.slots, rows.examples, strict=True):
+        num_supervised[slot] += example.num_supervised
+    weights = np.asarray([1 / max(1, num_supervised[slot]) for slot in rows.slots])
+    return _sum_by_slot(rows.slots, _response_losses(model, rows, weights) * weights)
 
 
-def _finish(stack: StackedModel | CoreStack, optimizer: StackedAdamW, slot: _Slot, healthy: bool) -> TuningResult:
+def _backpropagate_preferences(model: StackedModel, rows: _Rows, objective: Objective) -> dict[int, float]:
+    """Add the gradients of each slot's mean loss per pair of a chosen and a rejected row; return these losses.
+
+    The loss is a function of each pair's margin, and the margin of the two rows' log-likelihoods. A pass without
+    gradients tells the margins, and with them the weight of each row's loss in the pass with gradients.
+    """
+    with torch.no_grad():
+        losses = _response_losses(model, rows, None)
+    counts = Counter(rows.slots)
+    is_chosen = np.concatenate([np.arange(count) < count // 2 for count in counts.values()])
+    chosen, rejected = np.flatnonzero(is_chosen).tolist(), np.flatnonzero(~is_chosen).tolist()
+    reference = np.asarray([rows.examples[row].reference_margin for row in chosen])
+    margins = torch.from_numpy(losses[rejected] - losses[chosen] - reference).requires_grad_()
+    pair_losses = objective.preference_loss(margins)
+    (slopes,) = torch.autograd.grad(pair_losses.sum(), margins)
+    share = np.asarray([2 / counts[rows.slots[row]] for row in chosen])
+    weights = np.zeros(len(losses))
+    weights[rejected] = slopes.numpy() * share
+    weights[chosen] = -weights[rejected]
+    _response_losses(model, rows, weights)
+    return _sum_by_slot([rows.slots[row] for row in chosen], pair_losses.detach().numpy() * share)
+
+
+def _response_losses(model: StackedModel, rows: _Rows, weights: np.ndarray | None) -> np.ndarray:
+    """Return the summed loss of each row's response tokens, nats [rows]; backpropagate it times its weight."""
+    losses = torch.zeros(len(rows.examples), device=model.device, dtype=model.scaling.dtype)
+    weight_of_row = None if weights is None else torch.from_numpy(weights).to(model.scaling)
+    for part, batch in model.batches(rows.examples, rows.slots, rows.seeds):
+        token_losses, row_in_part = model.token_losses(batch)
+        row = torch.as_tensor(part, device=model.device)[row_in_part]
+        if weight_of_row is not None:
+            (token_losses * weight_of_row[row]).sum().backward()
+        losses.index_add_(0, row, token_losses.detach())
+    return losses.double().cpu().numpy()
+
+
+def _sum_by_slot(slots: Sequence[int], values: np.ndarray) -> dict[int, float]:
+    sums: dict[int, float] = defaultdict(float)
+    for slot, value in zip(slots, values.tolist(), strict=True):
+        sums[slot] += value
+    return sums
+
+
+def _finish(stack: StackedModel | CoreStack, optimizer: StackedOptimizer, slot: _Slot, healthy: bool) -> TuningResult:
     task = slot.task
     failure = None
     if not healthy:
@@ -210,7 +264,8 @@ def _finish(stack: StackedModel | CoreStack, optimizer: StackedAdamW, slot: _Slo
         failure = f"{what} is not finite at step {task.first_step + slot.step}; lower [client] learning_rate"
     adapter = task.adapter.with_tensors({**task.adapter.tensors, **stack.read(slot.index, task.adapter.rank)})
     moments = optimizer.moments(slot.index)
-    return TuningResult(task, adapter, float(np.mean(slot.losses)), slot.num_tokens, moments, failure)
+    loss = float(np.mean(slot.losses))
+    return TuningResult(task, adapter, loss, slot.num_tokens, moments, slot.rate_sum, failure)
 
 
 # ---------------------------------------------------------------------------------------------------------- batches
@@ -233,76 +288,3 @@ def _learning_rate(config: ClientConfig, slot: _Slot) -> float:
     progress = (slot.task.first_step + slot.step) / slot.task.total_steps
     factor = {"constant": 1.0, "linear": 1 - progress, "cosine": (1 + math.cos(math.pi * progress)) / 2}
     return config.learning_rate * factor[config.schedule]
-
-
-# -------------------------------------------------------------------------------------------------------- optimizer
-
-
-class StackedAdamW:
-    """AdamW (1711.05101) on every slot of a stack, each with its own step count, learning rate and gradient clip.
-
-    One slot's numbers equal those of ``torch.nn.utils.clip_grad_norm_`` followed by ``torch.optim.AdamW``.
-    """
-
-    def __init__(
-        self, model: StackedModel | CoreStack, config: ClientConfig, trained: Collection[str] = FACTORS
-    ) -> None:
-        self._model = model
-        self._columns = model.columns(trained)
-        self._weight_decay = config.weight_decay
-        self._clip_norm = config.clip_norm
-        self._first, self._second = torch.zeros_like(model.parameters), torch.zeros_like(model.parameters)
-        self._steps = np.zeros(model.num_slots, dtype=np.int64)
-
-    def start(self, slot: int, moments: Moments | None) -> None:
-        """Give a slot the moments of an earlier training, or forget those that it has."""
-        self._first[slot] = 0 if moments is None else moments.first
-        self._second[slot] = 0 if moments is None else moments.second
-        self._steps[slot] = 0 if moments is None else moments.num_steps
-
-    def moments(self, slot: int) -> Moments:
-        """Return a copy of what a slot remembers."""
-        return Moments(self._first[slot].clone(), self._second[slot].clone(), int(self._steps[slot]))
-
-    @torch.no_grad()
-    def step(self, learning_rates: Mapping[int, float]) -> dict[int, float]:
-        """Move the slots that have a learning rate along the model's gradients, and set these to zero.
-
-        Returns:
-            The gradient norm of each, before clipping.
-        """
-        norms = {}
-        for slots in _runs(sorted(learning_rates)):
-            members = range(slots.start, slots.stop)
-            rates = np.asarray([learning_rates[slot] for slot in members])
-            norms |= dict(zip(members, self._step_run(slots, rates), strict=True))
-        return norms
-
-    def _step_run(self, slots: slice, rates: np.ndarray) -> list[float]:
-        gradients = self._model.take_gradients(slots)[:, self._columns]
-        parameters = self._model.parameters[slots, self._columns]
-        first, second = self._first[slots, self._columns], self._second[slots, self._columns]
-        self._steps[slots] += 1
-        steps = self._steps[slots]
-        norms = gradients.norm(dim=1)
-        if self._clip_norm is not None:
-            gradients.mul_((self._clip_norm / (norms + 1e-6)).clamp(max=1.0)[:, None])
-        first.lerp_(gradients, 1 - BETA1)
-        second.mul_(BETA2).addcmul_(gradients, gradients, value=1 - BETA2)
-        if self._weight_decay:
-            parameters.mul_(self._column(1 - rates * self._weight_decay))
-        denominator = second.sqrt().div_(self._column(np.sqrt(1 - BETA2**steps))).add_(EPSILON)
-        parameters.addcdiv_(first * self._column(-rates / (1 - BETA1**steps)), denominator)
-        self._model.parameters_changed(slots)
-        gradients.zero_()
-        return norms.tolist()
-
-    def _column(self, values: np.ndarray) -> torch.Tensor:
-        return torch.from_numpy(values).to(self._first)[:, None]
-
-
-def _runs(slots: Sequence[int]) -> list[slice]:
-    """Return slices of neighbours that cover the ascending `slots`: their rows of a stack are views of it."""
-    starts = [slot for i, slot in enumerate(slots) if i == 0 or slots[i - 1] != slot - 1]
-    ends = [slot + 1 for i, slot in enumerate(slots) if i + 1 == len(slots) or slots[i + 1] != slot + 1]
-    return [slice(start, end) for start, end in zip(starts, ends, strict=True)]

@@ -10,102 +10,18 @@ import numpy as np
 import pytest
 import torch
 from peft import LoraConfig, get_peft_model
+from plain_tuning import CPU, load, make_examples, random_adapter, relative_error, tune_with_peft
 from torch import Tensor
 from transformers import AutoModelForCausalLM
 
 from fedit.adapter import factor_of
-from fedit.base import load_base, load_tokenizer
 from fedit.batch import Batch
-from fedit.config import AdapterConfig, ClientConfig, ModelConfig
+from fedit.config import AdapterConfig, ClientConfig
 from fedit.evaluation.heldout import generate_answers
-from fedit.interfaces import FACTORS, Adapter, EncodedExample, EngineError, Example, Turn
+from fedit.interfaces import EncodedExample, EngineError, Example, Turn
 from fedit.lowrank import LowRank
 from fedit.model import StackedModel
-from fedit.tuning import TuningTask, batch_indices, tune
-
-CPU = torch.device("cpu")
-
-
-def make_examples(seed: int, count: int, vocabulary: int = 200) -> list[EncodedExample]:
-    rng = np.random.default_rng(seed)
-    examples = []
-    for _ in range(count):
-        prompt, response = rng.integers(3, 20), rng.integers(1, 12)
-        ids = rng.integers(3, vocabulary, prompt + response).astype(np.int32)
-        supervised = np.arange(prompt + response) >= prompt
-        examples.append(EncodedExample(ids, supervised, Example((Turn("", ""),))))
-    return examples
-
-
-def load(folder: Path, adapter: AdapterConfig, dtype: torch.dtype = torch.float32) -> StackedModel:
-    base = load_base(ModelConfig(path=str(folder), dtype="float32"), CPU)
-    torch.nn.Module.to(base, dtype)
-    return StackedModel(base, load_tokenizer(str(folder)), adapter)
-
-
-def random_adapter(model: StackedModel, seed: int, rank: int) -> Adapter:
-    rng = np.random.default_rng(seed)
-    full = model.fresh_adapter(rng)
-    tensors = {
-        name: (
-            tensor[:rank] if "lora_A" in name else torch.from_numpy(rng.normal(0, 0.02, (len(tensor), rank))).float()
-        )
-        for name, tensor in full.tensors.items()
-    }
-    return Adapter(tensors, rank, model.lora_alpha)
-
-
-def tune_with_peft(
-    folder: Path,
-    task: TuningTask,
-    config: ClientConfig,
-    dtype: torch.dtype = torch.float32,
-    factors: Sequence[str] = FACTORS,
-) -> Mapping[str, Tensor]:
-    """The reference: one client, one PEFT model, torch's AdamW, one padded batch with a mask, whole-sequence logits.
-
-    What lies beside the adapter is folded into the base's weights.
-    """
-    base = AutoModelForCausalLM.from_pretrained(folder, dtype=dtype)
-    with torch.no_grad():
-        for name, matrix in task.adapter.side.items():
-            base.get_parameter(f"{name}.weight").add_(matrix.dense())
-    lora = LoraConfig(
-        r=task.adapter.rank, lora_alpha=int(task.adapter.lora_alpha), target_modules="all-linear", task_type="CAUSAL_LM"
-    )
-    model = get_peft_model(base, lora).to(dtype)
-    trained = {
-        name.removeprefix("base_model.model.").replace(".default", ""): parameter
-        for name, parameter in model.named_parameters()
-        if parameter.requires_grad
-    }
-    assert trained.keys() == task.adapter.tensors.keys()
-    with torch.no_grad():
-        for name, parameter in trained.items():
-            parameter.copy_(task.adapter.tensors[name])
-            parameter.requires_grad_(factor_of(name) in factors)
-    moving = [parameter for parameter in trained.values() if parameter.requires_grad]
-    optimizer = torch.optim.AdamW(
-        moving if len(factors) == 1 else trained.values(), lr=config.learning_rate, weight_decay=config.weight_decay
-    )
-    for done in range(task.num_steps):
-        for group in optimizer.param_groups:
-            group["lr"] = config.learning_rate * (1 - (task.first_step + done) / task.total_steps)
-        batch = batch_indices(len(task.examples), config.batch_size, task.first_batch + done, task.seed)
-        rows = [task.examples[i] for i in batch]
-        length = max(len(row) for row in rows)
-        input_ids, mask = torch.zeros(len(rows), length, dtype=torch.long), torch.zeros(len(rows), length)
-        labels = torch.full((len(rows), length), -100)
-        for i, row in enumerate(rows):
-            ids = torch.from_numpy(row.input_ids.astype(np.int64))
-            input_ids[i, : len(row)], mask[i, : len(row)] = ids, 1
-            labels[i, : len(row)] = torch.where(torch.from_numpy(row.supervised), ids, torch.tensor(-100))
-        optimizer.zero_grad()
-        model(input_ids=input_ids, attention_mask=mask, labels=labels).loss.backward()
-        assert config.clip_norm is not None
-        torch.nn.utils.clip_grad_norm_(moving, config.clip_norm)
-        optimizer.step()
-    return {name: parameter.detach() for name, parameter in trained.items()}
+from fedit.tuning import TuningTask, tune
 
 
 def make_task(
@@ -115,13 +31,6 @@ def make_task(
     return TuningTask(
         f"client{seed}", make_examples(seed, count), adapter, first_step, num_steps, 20, seed, first_batch
     )
-
-
-def relative_error(got: Mapping[str, Tensor], expected: Mapping[str, Tensor], start: Mapping[str, Tensor]) -> float:
-    """|got - expected| / |expected - start|, over all tensors; start = 0 compares the weights, not the update."""
-    error = sum(float((got[name] - expected[name]).double().square().sum()) for name in expected)
-    size = sum(float((expected[name] - start[name]).double().square().sum()) for name in expected)
-    return (error / size) ** 0.5
 
 
 CONFIG = ClientConfig(

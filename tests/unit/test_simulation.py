@@ -15,7 +15,8 @@ from fedit.config import RunConfig, load_plugins
 from fedit.engines import simulation
 from fedit.engines.client_store import ClientStore
 from fedit.interfaces import Adapter, ClientFailure, ClientTask, ClientUpdate, EncodedExample, Example, Turn
-from fedit.tuning import Moments, TuningResult, TuningTask
+from fedit.optimizer import Moments
+from fedit.tuning import TuningResult, TuningTask
 
 ADAPTER = Adapter({"q.lora_A.weight": torch.ones(1, 2), "q.lora_B.weight": torch.zeros(3, 1)}, 1, 2.0)
 ROW = EncodedExample(np.array([3, 4], dtype=np.int32), np.array([False, True]), Example((Turn("a", "b"),)))
@@ -33,7 +34,7 @@ def tuned(monkeypatch: pytest.MonkeyPatch) -> list[TuningTask]:
             failure = "broken" if task.name == "c" else None
             before = task.moments or Moments(torch.zeros(1), torch.zeros(1), 0)
             moments = Moments(before.first + 1, before.second + 2, before.num_steps + task.num_steps)
-            yield TuningResult(task, task.adapter.with_tensors(moved), 1.5, 40, moments, failure)
+            yield TuningResult(task, task.adapter.with_tensors(moved), 1.5, 40, moments, 0.01, failure)
 
     monkeypatch.setattr(simulation, "tune", tune)
     return seen

@@ -10,7 +10,8 @@ from hypothesis import strategies as st
 
 from fedit.bench import Workload, make_clients
 from fedit.interfaces import Adapter, EncodedExample
-from fedit.tuning import TuningTask, _runs, _Slot, _take_turn, batch_indices
+from fedit.optimizer import _runs
+from fedit.tuning import TuningTask, _Slot, _take_turn, batch_indices
 
 
 def slots(clients: list[tuple[int, int]]) -> list[_Slot]:

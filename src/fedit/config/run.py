@@ -20,7 +20,7 @@ from fedit.config.tables import (
     Table,
     read_plugin,
 )
-from fedit.interfaces import Aggregation, Attack, ConfigError, Partition, ServerOptimizer, plugins
+from fedit.interfaces import Aggregation, Attack, ConfigError, Objective, Partition, ServerOptimizer, plugins
 
 
 class RunConfig(Table):
@@ -35,6 +35,9 @@ class RunConfig(Table):
         Field(default_factory=lambda: Partition.resolve("category_shards"))
     )
     client: ClientConfig = Field(default_factory=lambda: ClientConfig(local_epochs=1))
+    objective: Annotated[SerializeAsAny[Objective], BeforeValidator(lambda value: read_plugin(Objective, value))] = (
+        Field(default_factory=lambda: Objective.resolve("plain"))
+    )
     cohort: CohortConfig = CohortConfig()
     aggregation: Annotated[
         SerializeAsAny[Aggregation], BeforeValidator(lambda value: read_plugin(Aggregation, value))
@@ -83,7 +86,7 @@ class RunConfig(Table):
                 f'{self.aggregation.name!r} trains its factors in turn. Use moments = "reset" with it.'
             )
         self._check_codecs()
-        for plugin in (self.data.template, self.partition, self.aggregation, self.server_optimizer):
+        for plugin in (self.data.template, self.partition, self.objective, self.aggregation, self.server_optimizer):
             plugin.check(self)
 
     def _check_codecs(self) -> None:

@@ -31,7 +31,7 @@ from fedit.interfaces import (
 
 P = TypeVar("P", bound=Plugin)
 
-COLUMNS = ("instruction", "context", "response", "category", "client", "system", "messages", "checks")
+COLUMNS = ("instruction", "context", "response", "rejected", "category", "client", "system", "messages", "checks")
 """The columns a row can have; `[data] columns` maps foreign names to them."""
 
 
@@ -140,13 +140,14 @@ class DataConfig(Table):
 
 
 class ClientConfig(Table):
-    """Local tuning at every client: AdamW on the mean loss per response token."""
+    """Local tuning at every client, on the mean loss per response token (or what `[objective]` makes of it)."""
 
     local_steps: int | None = Field(default=None, ge=1)
     """Optimizer steps per round; a client goes on in its own data where the round before stopped."""
     local_epochs: int | None = Field(default=None, ge=1)
     """Passes over the client's data per round; exactly one of the two is given."""
     batch_size: int = Field(default=8, ge=1)
+    optimizer: Literal["adamw", "sgd"] = "adamw"
     learning_rate: float = Field(default=1e-3, gt=0)
     schedule: Literal["constant", "linear", "cosine"] = "constant"
     """Of the learning rate over the whole run, not over a round: linear and cosine fall to zero at its end."""
@@ -160,6 +161,12 @@ class ClientConfig(Table):
     def _one_length(self) -> Self:
         if (self.local_steps is None) == (self.local_epochs is None):
             raise ValueError('give exactly one of local_steps and local_epochs (local_epochs = "none" unsets it)')
+        return self
+
+    @model_validator(mode="after")
+    def _moments_of_adamw(self) -> Self:
+        if self.optimizer == "sgd" and self.moments == "keep":
+            raise ValueError('moments = "keep" is for adamw: sgd has none')
         return self
 
     def num_steps(self, num_examples: int) -> int:

@@ -82,19 +82,23 @@ def encode(
 
 
 def encode_all(
-    examples: Sequence[Example], config: DataConfig, tokenizer: PreTrainedTokenizerBase
+    examples: Sequence[Example], config: DataConfig, tokenizer: PreTrainedTokenizerBase, *, pairs: bool = False
 ) -> tuple[list[EncodedExample], EncodingReport]:
     """Return the examples that can be trained on, in order, and a report of those that lost something.
 
+    With `pairs`, each has its rejected response, too, encoded with the same prompt.
+
     Raises:
-        DataError: none is left, the tokenizer has no end-of-sequence token, or the template cannot render one.
+        DataError: none is left, the tokenizer has no end-of-sequence token, the template cannot render one, or a row
+            lacks its rejected response.
     """
+    encode_rows = _encode_pairs if pairs else _encode_rows
     encoded: list[EncodedExample] = []
     dropped: list[Dropped] = []
     truncated = 0
     for start in range(0, len(examples), _BATCH_SIZE):
         batch = examples[start : start + _BATCH_SIZE]
-        for row in _encode_rows(batch, config.template, tokenizer, config.max_length):
+        for row in encode_rows(batch, config.template, tokenizer, config.max_length):
             truncated += row.truncated
             if isinstance(row.result, Dropped):
                 dropped.append(row.result)
@@ -103,7 +107,7 @@ def encode_all(
     counts = Counter(row.reason for row in dropped)
     report = EncodingReport(
         rows=len(encoded),
-        tokens=sum(len(row) for row in encoded),
+        tokens=sum(row.num_trained for row in encoded),
         supervised_tokens=sum(row.num_supervised for row in encoded),
         truncated=truncated,
         too_long=counts[TOO_LONG],
@@ -166,6 +170,35 @@ def _encode_rows(
             else:
                 pending[index] = example
     return [results[index] for index in range(len(examples))]
+
+
+def _encode_pairs(
+    examples: Sequence[Example], template: Template, tokenizer: PreTrainedTokenizerBase, max_length: int
+) -> list[_Encoded]:
+    """Encode rows with their response and with the rejected one; a pair whose prompts differ, because one of them was
+    shortened more than the other, is left out.
+    """
+    others = []
+    for example in examples:
+        if example.rejected is None:
+            raise DataError(
+                f"{example.source}: no rejected response, which the objective trains against. Name its column: [data] "
+                'columns = { rejected = "..." }.'
+            )
+        last = replace(example.turns[-1], response=example.rejected)
+        others.append(replace(example, turns=(*example.turns[:-1], last), rejected=None, checks=None))
+    results = []
+    chosen_rows, rejected_rows = (_encode_rows(rows, template, tokenizer, max_length) for rows in (examples, others))
+    for chosen, rejected in zip(chosen_rows, rejected_rows, strict=True):
+        if isinstance(chosen.result, Dropped):
+            results.append(chosen)
+        elif isinstance(rejected.result, Dropped):
+            results.append(rejected)
+        elif np.array_equal(chosen.result.prompt_ids, rejected.result.prompt_ids):
+            results.append(_Encoded(replace(chosen.result, rejected=rejected.result), chosen.truncated))
+        else:
+            results.append(_Encoded(Dropped(chosen.result.example.source, TOO_LONG)))
+    return results
 
 
 def _spells_any(tokens: Sequence[str], example: Example) -> bool:

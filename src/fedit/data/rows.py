@@ -12,7 +12,8 @@ from fedit.interfaces import DataError, Example, Turn
 ALIASES: Mapping[str, tuple[str, ...]] = {
     "instruction": ("instruction", "prompt"),
     "context": ("context", "input"),
-    "response": ("response", "output", "completion"),
+    "response": ("response", "output", "completion", "chosen"),
+    "rejected": ("rejected",),
     "category": ("category",),
     "client": ("client",),
     "system": ("system",),
@@ -70,6 +71,7 @@ def _example(row: Row, names: Mapping[str, tuple[str, ...]]) -> Example:
         category=_label(row, "category", found["category"]) or "uncategorised",
         system=system,
         client=_label(row, "client", client) or row.client,
+        rejected=_text(row, "rejected response", found["rejected"], required=True) if found["rejected"] else None,
         checks=_checks(row, found["checks"]),
         source=row.source,
     )

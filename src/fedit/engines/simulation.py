@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+from collections import defaultdict
 from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
+from dataclasses import replace
 
 import torch
 from torch import Tensor
@@ -12,10 +14,14 @@ from fedit.config import RunConfig
 from fedit.engines.client_store import ClientStore
 from fedit.interfaces import Adapter, ClientFailure, ClientTask, ClientUpdate, EncodedExample, derive_rng, derive_seed
 from fedit.model import StackedModel
-from fedit.tuning import Moments, TuningResult, TuningTask, tune
+from fedit.optimizer import Moments
+from fedit.tuning import TuningResult, TuningTask, tune
 
-PRIVATE, ERROR = "private/", "error/"
-"""In front of names in a client's store: factors of its own; what its messages have not told yet."""
+PRIVATE, OWN, CONTROL, ERROR = "private/", "own/", "control/", "error/"
+"""In front of names in a client's store: factors of its own; its own model, whole; its control variate; what its
+messages have not told yet."""
+OWN_MODEL_OF = "\x1fown model of\x1f"
+"""In front of a client's name, in that of the task which trains its own model."""
 
 
 class Simulation:
@@ -45,26 +51,50 @@ class Simulation:
         round_index = tasks[0].round_index
         trained, shared = (f(round_index) for f in (self._config.aggregation.trained, self._config.aggregation.shared))
         private = [factor for factor in trained if factor not in shared]
-        num_slots = min(len(tasks), self._model.max_slots)
         # A generator: a task, and with it what its client kept, comes into memory when a slot is free.
         longest_first = sorted(tasks, key=lambda task: -self._config.client.num_steps(len(self._clients[task.client])))
-        tuning_tasks = (self._tuning_task(task) for task in longest_first)
-        for result in tune(self._model, tuning_tasks, self._config.client, num_slots, self._on_step, trained):
-            if result.failure is not None:
-                yield ClientFailure(result.task.name, result.failure)
-            else:
-                yield self._answer(round_index, result, shared, private)
+        tuning_tasks = (part for task in longest_first for part in self._tuning_tasks(task))
+        per_client = 1 if self._config.objective.personal_pull is None else 2
+        num_slots = min(len(tasks) * per_client, self._model.max_slots)
+        controls = {task.client: task.control for task in tasks}
+        done: dict[str, list[TuningResult]] = defaultdict(list)
+        config = self._config
+        for result in tune(
+            self._model, tuning_tasks, config.client, num_slots, self._on_step, trained, config.objective
+        ):
+            client = result.task.name.removeprefix(OWN_MODEL_OF)
+            done[client].append(result)
+            if len(done[client]) < per_client:
+                continue
+            results = done.pop(client)
+            failure = next((result.failure for result in results if result.failure is not None), None)
+            if failure is not None:
+                yield ClientFailure(client, failure)
+                continue
+            shared_one, *own = sorted(results, key=lambda result: result.task.name.startswith(OWN_MODEL_OF))
+            kept = {OWN + name: tensor for each in own for name, tensor in each.adapter.tensors.items()}
+            kept |= {PRIVATE + name: tensor for name, tensor in shared_one.adapter.only(private).items()}
+            yield self._answer(round_index, shared_one, shared, controls[client], kept)
 
     def personal(self, adapter: Adapter, round_index: int) -> dict[str, Adapter]:
-        """Return the models of the clients that had factors of their own before a round: the global one with these."""
-        own = {client: self._store.read(client, round_index) for client in self._clients}
-        return {client: _with_private(adapter, kept) for client, kept in own.items() if _named(kept, PRIVATE)}
+        """Return the own models of the clients that had them before a round: theirs whole, or the global one with
+        factors of their own.
+        """
+        models = {}
+        for client in self._clients:
+            kept = self._store.read(client, round_index)
+            if own := _named(kept, OWN):
+                models[client] = adapter.with_tensors(own)
+            elif _named(kept, PRIVATE):
+                models[client] = _with_private(adapter, kept)
+        return models
 
-    def _tuning_task(self, task: ClientTask) -> TuningTask:
-        examples = self._clients[task.client]
+    def _tuning_tasks(self, task: ClientTask) -> Iterator[TuningTask]:
+        """Yield what a client trains in a round: the adapter that it shares, and its own if it has one."""
+        examples, objective = self._clients[task.client], self._config.objective
         kept = self._store.read(task.client, task.round_index)
         num_steps = self._config.client.num_steps(len(examples))
-        return TuningTask(
+        shared = TuningTask(
             name=task.client,
             examples=examples,
             adapter=_with_private(task.adapter, kept),
@@ -74,24 +104,49 @@ class Simulation:
             total_steps=self._config.rounds * num_steps,
             seed=derive_seed(self._config.seed, "client", task.client),
             moments=Moments(kept["first"], kept["second"], int(kept["num_steps"])) if "first" in kept else None,
+            anchor=task.adapter.tensors if objective.pull else None,
+            pull=objective.pull,
+            correction=_minus(task.control, _named(kept, CONTROL)) if objective.control_variates else None,
         )
+        yield shared
+        if objective.personal_pull is not None:
+            own = _named(kept, OWN)
+            yield replace(
+                shared,
+                name=OWN_MODEL_OF + task.client,
+                adapter=task.adapter.with_tensors(own) if own else task.adapter,
+                moments=None,
+                anchor=task.adapter.tensors,
+                pull=objective.personal_pull,
+            )
 
     def _answer(
-        self, round_index: int, result: TuningResult, shared: Collection[str], private: Collection[str]
+        self,
+        round_index: int,
+        result: TuningResult,
+        shared: Collection[str],
+        control: Mapping[str, Tensor],
+        kept: dict[str, Tensor],
     ) -> ClientUpdate:
         """Return what the client sends, and write down what it needs in its next round and nobody else may see."""
-        client, received = result.task.name, result.task.adapter
-        kept = {PRIVATE + name: tensor for name, tensor in result.adapter.only(private).items()}
-        if self._config.client.moments == "keep":
+        config, client, received = self._config, result.task.name, result.task.adapter
+        earlier = self._store.read(client, round_index)
+        if config.client.moments == "keep":
             moments = result.moments
             kept |= {"first": moments.first, "second": moments.second, "num_steps": torch.tensor(moments.num_steps)}
         update = {name: tuned - received.tensors[name] for name, tuned in result.adapter.only(shared).items()}
-        if client in self._malicious and self._config.attack is not None:
-            rng = derive_rng(self._config.seed, "attack", round_index, client)
-            update = dict(self._config.attack.tamper(received.tensors, update, rng))
-        num_bytes, codec = None, upload_codec(self._config)
+        control_step = {}
+        if config.objective.control_variates:
+            # c_k <- c_k - c + (x_received - x) / (sum of the learning rates)
+            control_step = _minus({name: step / -result.rate_sum for name, step in update.items()}, control)
+            changed = _minus(control_step, {n: -tensor for n, tensor in _named(earlier, CONTROL).items()})
+            kept |= {CONTROL + name: tensor for name, tensor in changed.items()}
+        if client in self._malicious and config.attack is not None:
+            rng = derive_rng(config.seed, "attack", round_index, client)
+            update = dict(config.attack.tamper(received.tensors, update, rng))
+        num_bytes, codec = None, upload_codec(config)
         if not codec.is_plain:
-            errors = _named(self._store.read(client, round_index), ERROR)
+            errors = _named(earlier, ERROR)
             sent = codec.send(update, errors, round_index, client, received.tensors)
             update, num_bytes = dict(sent.received), len(sent.message)
             kept |= {ERROR + name: tensor for name, tensor in {**errors, **sent.error}.items()}
@@ -104,8 +159,17 @@ class Simulation:
             num_tokens=result.num_tokens,
             loss=result.loss,
             num_steps=result.task.num_steps,
+            control_step=control_step,
             num_bytes=num_bytes,
         )
+
+
+def _minus(left: Mapping[str, Tensor], right: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """Return the difference of tensors by name; those that one lacks are zero there."""
+    result = dict(left)
+    for name, tensor in right.items():
+        result[name] = result[name] - tensor if name in result else -tensor
+    return result
 
 
 def _named(kept: Mapping[str, Tensor], prefix: str) -> dict[str, Tensor]:

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import itertools
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import replace
 
 import numpy as np
 import torch
@@ -54,6 +55,35 @@ def predict(
                 answer = None if answers is None else answers[position][index]
                 yield _prediction(name, index, example, answer, float(losses[position, index]))
         on_model(len(group))
+
+
+def with_reference_margins(model: StackedModel, examples: Sequence[EncodedExample]) -> list[EncodedExample]:
+    """Return rows of preferences that know how much the base prefers the response to the rejected one."""
+    (margins,) = _margins(model, [None], examples)
+    return [replace(row, reference_margin=margin) for row, margin in zip(examples, margins.tolist(), strict=True)]
+
+
+def preference_accuracy(
+    model: StackedModel, adapters: Mapping[str, Adapter | None], examples: Sequence[EncodedExample]
+) -> dict[str, float]:
+    """Return, by model, the share of rows whose response it prefers to the rejected one more than the base does.
+
+    Equal is half: the base itself has 0.5.
+    """
+    base = np.asarray([row.reference_margin for row in examples])
+    accuracies = {}
+    for group in _groups(adapters, min(NUM_SLOTS, 2 * model.max_slots)):
+        margins = _margins(model, [adapters[name] for name in group], examples)
+        for name, own in zip(group, margins, strict=True):
+            better = np.where(np.isclose(own, base, rtol=1e-6), 0.5, own > base)
+            accuracies[name] = float(better.mean())
+    return accuracies
+
+
+def _margins(model: StackedModel, adapters: Sequence[Adapter | None], examples: Sequence[EncodedExample]) -> np.ndarray:
+    """Return log p(response) - log p(rejected) of every row, [models, rows]."""
+    rejected = [row.rejected for row in examples if row.rejected is not None]
+    return response_losses(model, adapters, rejected) - response_losses(model, adapters, examples)
 
 
 def _groups(adapters: Mapping[str, Adapter | None], size: int) -> Iterator[list[str]]:

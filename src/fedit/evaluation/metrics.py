@@ -18,8 +18,9 @@ from rouge_score.rouge_scorer import RougeScorer
 from fedit.interfaces import DataError, derive_rng
 
 NUM_RESAMPLES = 1000
-LOCAL_PREFIX, PERSONAL_PREFIX = "local/", "federated/"
-"""In front of a client's name: the model that it tuned alone; the federation's, with factors of the client's own"""
+LOCAL_PREFIX, FEDERATED_PREFIX, PERSONAL_PREFIX = "local/", "federated/", "personal/"
+"""In front of a client's name: the model that it tuned alone; the federation's, with factors of the client's own; the
+client's own, tuned beside the federation's"""
 
 Scores = Mapping[str, np.ndarray]
 """By metric, one number per test row [N]: nats for ``response_loss``, 0 to 1 for the two others."""
@@ -30,7 +31,7 @@ class Prediction:
     """What one model did with one test row: a line of ``answers.jsonl``."""
 
     model: str
-    """``base``, ``central``, ``federated``, ``local/<client>`` or ``federated/<client>``"""
+    """``base``, ``central``, ``federated``, or a client's: ``local/<client>``, ``federated/<client>``, ..."""
     index: int
     """Of the row in the test set."""
     category: str
@@ -89,7 +90,7 @@ def summarise(
     rows = _test_rows(predictions_by_model, seed)
     scores = {name: _scores(predictions) for name, predictions in predictions_by_model.items()}
     owned: dict[str, dict[str, Scores]] = {}
-    for prefix in (LOCAL_PREFIX, PERSONAL_PREFIX):
+    for prefix in (LOCAL_PREFIX, FEDERATED_PREFIX, PERSONAL_PREFIX):
         clients = {name: scores.pop(name) for name in list(scores) if name.startswith(prefix)}
         if clients:
             kind = prefix.removesuffix("/")
@@ -120,7 +121,7 @@ def summarise(
 
 
 def _in_order(scores: Mapping[str, Scores]) -> list[str]:
-    usual = ("base", "local", "central", "federated")
+    usual = ("base", "local", "central", "federated", "personal")
     return [name for name in usual if name in scores] + [name for name in scores if name not in usual]
 
 

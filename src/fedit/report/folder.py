@@ -61,7 +61,7 @@ class RunFolder:
             ConfigError: there is one adapter for all and a client was named, or the other way round.
         """
         own = sorted(unquote(item.name) for item in (self.path / "adapters").glob("*"))
-        if client is None and not own:
+        if client is None and (not own or (self.path / "adapter").is_dir()):
             return self.path / "adapter"
         if client not in own:
             what = (

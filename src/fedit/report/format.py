@@ -9,6 +9,7 @@ MISSING = "–"
 
 METRIC_LABELS = {"response_loss": "Response loss", "exact_match": "Exact match", "rouge_l": "ROUGE-L"}
 MODEL_LABELS = {"base": "Base", "local": "Local-only", "central": "Centralised", "federated": "Federated"}
+MODEL_LABELS["personal"] = "Clients' own"
 
 
 def number(value: float | None, digits: int = 3) -> str:

@@ -30,6 +30,7 @@ COLOURS = {
     "local": "#010105",
     "central": "#010106",
     "federated": "#010107",
+    "personal": "#010108",
 }
 
 _STYLE: Any = {
