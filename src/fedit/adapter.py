@@ -6,14 +6,18 @@ A tensor is named as PEFT names it, without PEFT's prefix: ``<module>.lora_A.wei
 
 Some rules freeze A and B and train a core R [r, r] between them, ``(lora_alpha / rank) B R A x``: the tensor
 ``<module>.lora_R.weight`` itself, or R = sum_i v_i P_i of the fixed ``<module>.lora_P.weight`` [u, r, r] and a row v of
-the vectors ``tied.lora_v.weight`` [groups, u], each of which serves neighbouring modules.
+the vectors ``tied.lora_v.weight`` [groups, u], each of which serves neighbouring modules. Others train how far B goes
+along random directions, B + sum_j a_j z_j: a [K] is ``tied.lora_a.weight``, and z_j drawn from the j-th of the seeds in
+``tied.lora_seeds.weight``.
 """
 
 from __future__ import annotations
 
-from collections.abc import Collection, Mapping
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING
+
+import numpy as np
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -23,6 +27,8 @@ if TYPE_CHECKING:
 FACTORS = ("lora_A", "lora_B")
 CORE, VECTORS = "lora_R", "lora_v"
 TIED = f"tied.{VECTORS}.weight"
+AMOUNTS = "lora_a"
+ALONG, SEEDS = f"tied.{AMOUNTS}.weight", "tied.lora_seeds.weight"
 
 
 def factor_of(name: str) -> str:
@@ -65,11 +71,13 @@ class Adapter:
         return Adapter(tensors, self.rank, self.lora_alpha, self.side)
 
     def plain(self) -> Adapter:
-        """Return the same adapter as A and B alone: with a core, B R in place of B."""
+        """Return the same adapter as A and B alone: with a core, B R in place of B; with directions, B along them."""
         cores = cores_of(self.tensors)
-        if not cores:
+        if not cores and ALONG not in self.tensors:
             return self
         tensors = self.only(FACTORS)
+        if ALONG in self.tensors:
+            tensors |= moved_along(self.only(["lora_B"]), self.tensors[ALONG], self.tensors[SEEDS].tolist())
         for module, core in cores.items():
             tensors[f"{module}.lora_B.weight"] = tensors[f"{module}.lora_B.weight"].to(core) @ core
         return self.with_tensors(tensors)
@@ -89,6 +97,22 @@ def cores_of(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
         for group, (module, matrices) in zip(groups(len(fixed), len(vectors)), fixed.items(), strict=True):
             cores[module] = (vectors[group][:, None, None] * matrices.to(vectors)).sum(dim=0)
     return cores
+
+
+def moved_along(tensors: Mapping[str, Tensor], amounts: Tensor, seeds: Sequence[int]) -> dict[str, Tensor]:
+    """Return tensors moved by ``sum_j a_j z_j``, z_j being one vector over all of them."""
+    moved = {name: tensor.to(amounts) for name, tensor in tensors.items()}
+    for j in amounts.nonzero().flatten().tolist():
+        whole = direction(int(seeds[j]), sum(tensor.numel() for tensor in moved.values()))
+        parts = np.split(whole, np.cumsum([tensor.numel() for tensor in moved.values()])[:-1])
+        for (name, tensor), part in zip(moved.items(), parts, strict=True):
+            moved[name] = tensor + amounts[j] * amounts.new_tensor(part.reshape(tensor.shape))
+    return moved
+
+
+def direction(seed: int, size: int) -> np.ndarray:
+    """Return the direction that a seed draws: standard normal, float32 [size], the same bits on every machine."""
+    return np.random.default_rng(seed).standard_normal(size, dtype=np.float32)
 
 
 def groups(num_modules: int, num_vectors: int) -> list[int]:

@@ -4,7 +4,7 @@ A codec is a mask (the positions that are sent), a quantizer (the bits of each n
 left out or rounded is added to its next update, so that nothing is lost, only late (1901.09847). Both sides know the
 names and shapes of what travels; the message holds the numbers alone:
 
-    [rank bitmap | Rice-coded positions] [a bfloat16 scale for every 256 numbers] [the codes, packed]
+    [rank bitmap, or count, or nothing] [Rice-coded positions] [a bfloat16 scale for every 256 numbers] [codes, packed]
 """
 
 from __future__ import annotations
@@ -43,28 +43,40 @@ class Sent:
 def upload_codec(config: RunConfig) -> Codec:
     """Return the codec of clients' updates."""
     feedback = config.upload.feeds_back(config.aggregation)
-    return Codec(config.upload, config.seed, "up", feedback=feedback, ranks_kept=config.aggregation.ranks_kept)
+    rule = config.aggregation
+    return Codec(config.upload, config.seed, "up", feedback=feedback, ranks_kept=rule.ranks_kept, sparse=rule.sparse)
 
 
 def download_codec(config: RunConfig) -> Codec:
     """Return the codec of the global adapter's steps."""
-    return Codec(config.download, config.seed, "down", feedback=config.download.feeds_back(config.aggregation))
+    feedback = config.download.feeds_back(config.aggregation)
+    return Codec(config.download, config.seed, "down", feedback=feedback, sparse=config.aggregation.sparse)
 
 
 class Codec:
     """One direction of a run's messages."""
 
-    def __init__(self, config: CodecConfig, seed: int, direction: str, *, feedback: bool, ranks_kept: float = 1.0):
+    def __init__(
+        self,
+        config: CodecConfig,
+        seed: int,
+        direction: str,
+        *,
+        feedback: bool,
+        ranks_kept: float = 1.0,
+        sparse: bool = False,
+    ) -> None:
         self._config = config
         self._seed = seed
         self._direction = direction
         self._feedback = feedback
         self._ranks_kept = ranks_kept
+        self._sparse = sparse
 
     @property
     def is_plain(self) -> bool:
         """Whether messages are the float32 tensors themselves."""
-        return self._config.mask == "dense" and self._config.quantizer == "fp32" and self._ranks_kept == 1
+        return self._config.is_plain and self._ranks_kept == 1 and not self._sparse
 
     def send(
         self,
@@ -99,6 +111,9 @@ class Codec:
             chosen = _important_ranks(tensors, frozen or {}, self._ranks_kept)
             positions = _positions_of_ranks({name: t.shape for name, t in tensors.items()}, chosen)
             head = np.packbits(chosen).tobytes()
+        elif self._sparse:
+            positions = np.flatnonzero(flat)
+            head = len(positions).to_bytes(4, "little") + _rice_encode(positions, len(flat))
         elif self._config.mask == "top-k":
             count = self._count(len(flat))
             positions = np.sort(np.argpartition(-np.abs(flat), count - 1)[:count])
@@ -140,6 +155,9 @@ class Codec:
             length = -(-num_ranks // 8)
             chosen = _unpack(message[:length], 1, num_ranks).astype(bool)
             return _positions_of_ranks(shapes, chosen), length
+        if self._sparse:
+            positions, length = _rice_decode(message[4:], int.from_bytes(message[:4], "little"), size)
+            return positions, 4 + length
         if self._config.mask == "top-k":
             return _rice_decode(message, self._count(size), size)
         return self._known_positions(size, round_index), 0
@@ -220,6 +238,8 @@ def _rice_parameter(count: int, size: int) -> int:
 
 def _rice_encode(positions: np.ndarray, size: int) -> bytes:
     """Return ascending positions as Golomb-Rice codes of their gaps: all remainders, then all quotients in unary."""
+    if not len(positions):
+        return b""
     bits = _rice_parameter(len(positions), size)
     gaps = np.diff(positions, prepend=-1) - 1
     ends = np.cumsum((gaps >> bits) + 1)  # a quotient q is q zeros and a one
@@ -229,6 +249,8 @@ def _rice_encode(positions: np.ndarray, size: int) -> bytes:
 
 
 def _rice_decode(message: bytes, count: int, size: int) -> tuple[np.ndarray, int]:
+    if not count:
+        return np.zeros(0, dtype=np.int64), 0
     bits = _rice_parameter(count, size)
     used = -(-count * bits // 8)
     remainders = _unpack(message[:used], bits, count)

@@ -330,6 +330,8 @@ class Aggregation(Plugin):
     """Whether part of what was learned goes beside the adapter, so that only the whole step means anything."""
     rotation_invariant: ClassVar[bool] = False
     """Whether a client may turn its factors, (B Q, Q^T A) with orthogonal Q, without changing what comes out."""
+    sparse: ClassVar[bool] = False
+    """Whether clients move few of the numbers, so that messages name these only, in both directions."""
     robust: ClassVar[bool] = False
     """Whether the result is no weighted mean, so that an update may count for nothing, and each has to be seen."""
 

@@ -12,7 +12,10 @@ from fedit.config import ClientConfig
 from fedit.core_stack import CoreStack
 from fedit.interfaces import FACTORS
 from fedit.model import StackedModel
+from fedit.seed_stack import SeedStack
 
+Stack = StackedModel | CoreStack | SeedStack
+"""What an optimizer can move: slots with `parameters`, and gradients for them"""
 BETA1, BETA2, EPSILON = 0.9, 0.999, 1e-8
 
 
@@ -34,9 +37,7 @@ class StackedOptimizer:
     of the clip: ``pull / 2 ||x - anchor||^2`` and ``<correction, x>``.
     """
 
-    def __init__(
-        self, model: StackedModel | CoreStack, config: ClientConfig, trained: Collection[str] = FACTORS
-    ) -> None:
+    def __init__(self, model: Stack, config: ClientConfig, trained: Collection[str] = FACTORS) -> None:
         self._model = model
         self._columns = model.columns(trained)
         self._config = config

@@ -195,7 +195,7 @@ def download_size(config: RunConfig, state: ServerState, task: ClientTask, round
     size = wire_size(task.adapter.only(factors))
     if task.control:
         size += wire_size(task.control)
-    if not config.download.is_plain:
+    if not download_codec(config).is_plain:
         return min(size, sum(state.messages[rounds[-1] if rounds else 0 :]))
     if task.adapter.side:
         whole = wire_size(side_tensors(task.adapter.side))

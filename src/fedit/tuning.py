@@ -13,15 +13,18 @@ import math
 from collections import Counter, defaultdict
 from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
+from functools import partial
 
 import numpy as np
 import torch
 
+from fedit.adapter import AMOUNTS
 from fedit.config import ClientConfig
 from fedit.core_stack import CoreStack
 from fedit.interfaces import FACTORS, Adapter, EncodedExample, Objective, derive_rng, derive_seed
 from fedit.model import StackedModel
-from fedit.optimizer import Moments, StackedOptimizer
+from fedit.optimizer import Moments, Stack, StackedOptimizer
+from fedit.seed_stack import SeedStack, both_sides
 
 _PLAIN = Objective()
 """The mean loss per response token"""
@@ -116,8 +119,10 @@ def tune(
     if (first := next(queue, None)) is None:
         return
     queue = itertools.chain([first], queue)
-    stack: StackedModel | CoreStack = model
-    if set(trained) <= set(FACTORS):
+    stack: Stack = model
+    if AMOUNTS in trained:
+        stack = SeedStack(model, num_slots, first.adapter)
+    elif set(trained) <= set(FACTORS):
         model.allocate(num_slots, trained)
     else:
         stack = CoreStack(model, num_slots, first.adapter)
@@ -138,7 +143,7 @@ def tune(
         if not live:
             return
         turn = _take_turn(live, model.batch_tokens)
-        finite = _step(model, optimizer, turn, config, objective)
+        finite = _step(model, stack, optimizer, turn, config, objective)
         on_step(sum(slot.batch_tokens for slot in turn))
         for slot, healthy in zip(turn, finite, strict=True):
             if healthy and slot.steps_left:
@@ -174,7 +179,12 @@ class _Rows:
 
 
 def _step(
-    model: StackedModel, optimizer: StackedOptimizer, turn: Sequence[_Slot], config: ClientConfig, objective: Objective
+    model: StackedModel,
+    stack: Stack,
+    optimizer: StackedOptimizer,
+    turn: Sequence[_Slot],
+    config: ClientConfig,
+    objective: Objective,
 ) -> list[bool]:
     """Train one step of the slots of a turn; return which of them stayed finite."""
     slots, examples, seeds = list[int](), list[EncodedExample](), list[int]()
@@ -185,15 +195,21 @@ def _step(
             examples.append(example)
             seeds.append(derive_seed(slot.task.seed, "dropout", step, position) if model.dropout else 0)
     rows = _Rows(slots, examples, seeds)
-    backpropagate = _backpropagate_preferences if objective.preferences else _backpropagate_responses
+    if isinstance(stack, SeedStack):
+        seeds_of_step = {s.index: derive_seed(s.task.seed, "step", s.task.first_step + s.step) for s in turn}
+        collect = partial(_measure_slopes, model, stack, rows, seeds_of_step)
+    elif objective.preferences:
+        collect = partial(_backpropagate_preferences, model, rows, objective)
+    else:
+        collect = partial(_backpropagate_responses, model, rows)
     losses, reason = None, ""
     try:
-        losses = backpropagate(model, rows, objective)
+        losses = collect()
     except torch.OutOfMemoryError as error:
         reason = str(error)
     if losses is None:  # not in the handler: there, the error keeps the tensors of the failed pass alive
         model.halve_batches(reason)
-        losses = backpropagate(model, rows, objective)
+        losses = collect()
     rates = {slot.index: _learning_rate(config, slot) for slot in turn}
     norms = optimizer.step(rates)
     for slot in turn:
@@ -204,13 +220,29 @@ def _step(
     return [math.isfinite(losses[slot.index]) and math.isfinite(norms[slot.index]) for slot in turn]
 
 
-def _backpropagate_responses(model: StackedModel, rows: _Rows, _: Objective) -> dict[int, float]:
+def _backpropagate_responses(model: StackedModel, rows: _Rows) -> dict[int, float]:
     """Add the gradients of each slot's mean loss per response token; return these losses."""
+    weights = _weights_of_means(rows)
+    return _sum_by_slot(rows.slots, _response_losses(model, rows, weights) * weights)
+
+
+def _weights_of_means(rows: _Rows) -> np.ndarray:
+    """Return for each row one over its slot's response tokens, [rows]."""
     num_supervised: dict[int, int] = defaultdict(int)
     for slot, example in zip(rows.slots, rows.examples, strict=True):
         num_supervised[slot] += example.num_supervised
-    weights = np.asarray([1 / max(1, num_supervised[slot]) for slot in rows.slots])
-    return _sum_by_slot(rows.slots, _response_losses(model, rows, weights) * weights)
+    return np.asarray([1 / max(1, num_supervised[slot]) for slot in rows.slots])
+
+
+def _measure_slopes(
+    model: StackedModel, stack: SeedStack, rows: _Rows, seeds_of_step: Mapping[int, int]
+) -> dict[int, float]:
+    """Measure each slot's slope along a direction by its losses on either side; return their means."""
+    chosen = stack.perturb(seeds_of_step)
+    twice = _Rows(both_sides(rows.slots), [*rows.examples, *rows.examples], [*rows.seeds, *rows.seeds])
+    with torch.no_grad():
+        losses = _response_losses(model, twice, None) * _weights_of_means(twice)
+    return stack.measured(chosen, _sum_by_slot(twice.slots, losses))
 
 
 def _backpropagate_preferences(model: StackedModel, rows: _Rows, objective: Objective) -> dict[int, float]:
@@ -256,7 +288,7 @@ def _sum_by_slot(slots: Sequence[int], values: np.ndarray) -> dict[int, float]:
     return sums
 
 
-def _finish(stack: StackedModel | CoreStack, optimizer: StackedOptimizer, slot: _Slot, healthy: bool) -> TuningResult:
+def _finish(stack: Stack, optimizer: StackedOptimizer, slot: _Slot, healthy: bool) -> TuningResult:
     task = slot.task
     failure = None
     if not healthy:

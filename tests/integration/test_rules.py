@@ -24,6 +24,12 @@ RULES = list(plugins("aggregation"))
 MIXED = [name for name, rule in plugins("aggregation").items() if getattr(rule, "mixed_ranks", False)]
 HARD = ["-o", "client.learning_rate=0.03", "-o", "rounds=3", "-o", "evaluation.baselines=false"]
 """Enough to move the model far from the base."""
+SGD = ("client.optimizer=sgd", "client.clip_norm=none", "client.learning_rate=1e-3")
+NEEDS = {
+    "fedit-plus": ("aggregation.energy=1.0",),
+    "fedkseed": (*SGD, "client.local_steps=40", "client.learning_rate=2e-3"),
+}
+"""By rule, what it does not run without, or not exactly."""
 
 
 def run_rule(fedit, recipe: Path, out: Path, name: str, *options: str) -> list[dict[str, Any]]:
@@ -64,7 +70,7 @@ def peft_model(base_folder: Path, adapter: Path) -> torch.nn.Module:
 def test_a_run_ends_in_what_peft_and_transformers_load(fedit, recipe, tmp_path, tiny_model_folder, name: str) -> None:
     """The evaluated loss is that of the files, as an adapter and merged; and it is not the base's."""
     run = tmp_path / "run"
-    rounds = run_rule(fedit, recipe, run, name, *(["aggregation.energy=1.0"] if name == "fedit-plus" else []))
+    rounds = run_rule(fedit, recipe, run, name, *NEEDS.get(name, ()))
     evaluation = json.loads((run / "evaluation.json").read_text())["models"]
     examples = held_out_rows(run)
     rule = Aggregation.resolve(name)
@@ -270,3 +276,27 @@ def test_attacks_that_cannot_be(fedit, recipe, tmp_path, options: list[str], mes
     assert done.status == 1
     assert message in " ".join(done.stderr.split())
     assert not (tmp_path / "run").exists()
+
+
+# -------------------------------------------------------------------------------------------------- without gradients
+
+
+def test_fedkseed_sends_a_number_and_its_place_for_each_step(fedit, recipe, tmp_path, tiny_model_folder) -> None:
+    run = tmp_path / "run"
+    done = fedit("run", recipe, "--out", run, "-o", "evaluation.baselines=false", "-o", "rounds=3",
+                 *(part for option in ("aggregation.name=fedkseed", *SGD) for part in ("-o", option)))  # fmt: skip
+    assert done.status == 0, done.stderr
+    rounds = [json.loads(line) for line in (run / "rounds.jsonl").read_text().splitlines()]
+    # Two steps: two numbers of 4 bytes, a count of 4 bytes, and about as many for the places.
+    assert all(3 * 12 < line["bytes_up"] <= 3 * 18 for line in rounds)
+    assert [rounds[0]["bytes_down"] == 0, *(line["bytes_down"] < 3 * 60 for line in rounds[1:])] == [True] * 3
+    assert all(line["aggregation_loss"] < 1e-6 for line in rounds)
+    loss = json.loads((run / "evaluation.json").read_text())["models"]["federated"]["response_loss"]["all"]
+    loaded = peft_model(tiny_model_folder, run / "adapter")
+    assert response_loss(loaded, held_out_rows(run)) == pytest.approx(loss, rel=1e-4)
+
+
+def test_fedkseed_needs_sgd(fedit, recipe, tmp_path) -> None:
+    done = fedit("run", recipe, "--out", tmp_path / "run", "-o", "aggregation.name=fedkseed")
+    assert done.status == 1
+    assert '[client] optimizer = "sgd"' in " ".join(done.stderr.split())

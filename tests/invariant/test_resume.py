@@ -188,6 +188,7 @@ COMPRESSED = ("upload.mask=top-k", "upload.density=0.1", "upload.quantizer=int8"
         ("fedit-plus", ()),
         ("fedit", COMPRESSED),
         ("tinylora", ()),
+        ("fedkseed", ("client.optimizer=sgd",)),
     ],
 )
 def test_rules_that_keep_more_than_an_adapter(folder, fedit, tmp_path, rule: str, more: tuple[str, ...]) -> None:

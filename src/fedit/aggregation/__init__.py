@@ -6,7 +6,7 @@ up what the clients train), `linear` (where that is exact), `products` (rules th
 """
 
 from fedit.aggregation.factor_means import FedIT, FedRotLoRA, FedSALoRA, HetLoRA, LoRAFAIR
-from fedit.aggregation.linear import FedSB, FFALoRA, LoRAA2, RoLoRA, TinyLoRA
+from fedit.aggregation.linear import FedKSeed, FedSB, FFALoRA, LoRAA2, RoLoRA, TinyLoRA
 from fedit.aggregation.products import FedExLoRA, FedITPlus, FedMomentum, FedSVD, FlexLoRA, FLoRA, RaFLoRA
 from fedit.aggregation.robust import RFA, Krum, Median, MultiKrum, NormClipping, TrimmedMean
 from fedit.aggregation.server_optimizers import FedAdagrad, FedAdam, FedAvg, FedAvgM, FedYogi, Nesterov
@@ -22,6 +22,7 @@ __all__ = [
     "FedExLoRA",
     "FedIT",
     "FedITPlus",
+    "FedKSeed",
     "FedMomentum",
     "FedRotLoRA",
     "FedSALoRA",

@@ -19,7 +19,7 @@ import torch
 from torch import Tensor
 from torch.nn.functional import pad
 
-from fedit.adapter import FACTORS, cores_of, factor_of
+from fedit.adapter import factor_of
 from fedit.interfaces import Adapter, Aggregate, ClientUpdate, RoundError
 from fedit.lowrank import LowRank, Sketch
 
@@ -168,11 +168,8 @@ def low_rank(adapter: Adapter, update: Mapping[str, Tensor] | None = None) -> di
     tensors = {name: tensor.double() for name, tensor in adapter.tensors.items()}
     for name, step in (update or {}).items():
         tensors[name] = tensors[name] + step.double()
-    cores, result = cores_of(tensors), {}
-    for module in adapter.modules():
-        a, b = (tensors[f"{module}.{factor}.weight"] for factor in FACTORS)
-        result[module] = LowRank(b @ cores[module] if module in cores else b, a)
-    return result
+    plain = adapter.with_tensors(tensors).plain().tensors
+    return {m: LowRank(plain[f"{m}.lora_B.weight"], plain[f"{m}.lora_A.weight"]) for m in adapter.modules()}
 
 
 def scaled(factors: Modules, factor: float) -> dict[str, LowRank]:

@@ -9,7 +9,7 @@ import torch
 from pydantic import Field
 from torch import Tensor
 
-from fedit.adapter import CORE, TIED, VECTORS
+from fedit.adapter import ALONG, AMOUNTS, CORE, SEEDS, TIED, VECTORS
 from fedit.aggregation.factor_means import FedIT
 from fedit.interfaces import Adapter, ConfigError
 
@@ -134,6 +134,39 @@ class TinyLoRA(FedIT):
 
     def check(self, run: RunConfig) -> None:
         _needs_weights(self.name, run)
+
+
+class FedKSeed(FedIT):
+    """Tune without gradients, along directions that a few shared seeds draw (2312.06353).
+
+    a <- sum_k p_k a_k for B = sum_j a_j z_j: exact, the adapter being linear in a [seeds]. A step measures the slope
+    along one direction by two losses, so a client has moved one number a step: that number and its place travel, both
+    ways. No backward pass, so no activations are kept; in return a step tells little, and many are needed. A is frozen
+    where it was drawn (the paper moves the weights themselves). Needs SGD; without a clip, or with one of the slope.
+
+    >>> FedKSeed().trained(0)
+    ('lora_a',)
+    """
+
+    name: ClassVar[str] = "fedkseed"
+    sparse: ClassVar[bool] = True
+    seeds: int = Field(default=1024, ge=1)
+
+    def initial(self, adapter: Adapter, weight: Callable[[str], Tensor], rng: np.random.Generator) -> Adapter:
+        # Below 2^31, so that they survive where all tensors are floating-point numbers for a while.
+        seeds = torch.from_numpy(rng.integers(0, 2**31, self.seeds))
+        return adapter.with_tensors({**adapter.tensors, ALONG: torch.zeros(self.seeds), SEEDS: seeds})
+
+    def trained(self, round_index: int) -> Collection[str]:
+        return (AMOUNTS,)
+
+    def check(self, run: RunConfig) -> None:
+        client = run.client
+        if client.optimizer != "sgd" or client.weight_decay or run.objective.name != "plain":
+            raise ConfigError(
+                f"[aggregation] name = {self.name!r} moves one number of many in a step. Use [client] optimizer = "
+                '"sgd", weight_decay = 0 and [objective] name = "plain".'
+            )
 
 
 def leading_directions(weight: Tensor, rank: int, rng: np.random.Generator) -> tuple[Tensor, Tensor, Tensor]:
