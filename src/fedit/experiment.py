@@ -26,7 +26,7 @@ import torch
 from fedit.base import load_base, load_tokenizer, resolve_device, weights_digest
 from fedit.baselines import Trained, central_task, local_tasks, saved_tokens, train_baseline
 from fedit.cohort import mean_share
-from fedit.config import RunConfig
+from fedit.config import RunConfig, parse_config
 from fedit.engines.client_store import ClientStore
 from fedit.engines.simulation import Simulation
 from fedit.evaluation.heldout import mean_loss, predict, preference_accuracy, with_reference_margins
@@ -240,7 +240,7 @@ def check_folder(folder: Path, config: RunConfig, *, resume: bool) -> None:
         ConfigError: it holds a run and `resume` is off, or another configuration's run, or cannot be written.
     """
     described = folder / "config.json"
-    if resume and json.loads(described.read_text(encoding="utf-8"))["config"] != config.to_json():
+    if resume and parse_config(json.loads(described.read_text(encoding="utf-8"))["config"]) != config:
         raise ConfigError(f"{folder} holds the run of another configuration. Choose another folder for this one.")
     if not resume and described.is_file():
         raise ConfigError(

@@ -36,7 +36,7 @@ from typing import Any
 
 from pydantic import Field, ValidationError
 
-from fedit.config import RunConfig, Table, explain, load_config, shipped_studies
+from fedit.config import RunConfig, Table, explain, load_config, parse_config, shipped_studies
 from fedit.files import folder_name, write_atomically, write_json
 from fedit.interfaces import ConfigError, did_you_mean
 from fedit.report import RunFolder
@@ -70,6 +70,8 @@ class StudyRun:
     """As for ``-o``"""
     config: RunConfig
     folder: Path
+    measured: Mapping[str, Any] | None = None
+    """What study.json knows of the run, whose folder may be gone."""
 
     @property
     def label(self) -> str:
@@ -106,10 +108,13 @@ def load_study(file: str) -> StudyConfig:
 def plan(study: StudyConfig, folder: Path, overrides: Sequence[str], plugin_files: Sequence[Path]) -> list[StudyRun]:
     """Return all runs, those that train baselines first, each checked as `fedit run` checks it.
 
+    What ``study.json`` in `folder` says of a run of this configuration counts as its result.
+
     Raises:
         ConfigError: a combination of choices cannot run, or its folder holds another configuration's run.
     """
     runs = []
+    known = {(*run["choices"].values(), run["seed"]): run for run in _known(folder / "study.json")}
     for seed, names in itertools.product(study.seeds, itertools.product(*study.axes.values())):
         choices = dict(zip(study.axes, names, strict=True))
         keys = dict(study.override)
@@ -124,13 +129,23 @@ def plan(study: StudyConfig, folder: Path, overrides: Sequence[str], plugin_file
         except ConfigError as error:
             error.add_note(f"In the study's run {' · '.join(choices.values())}.")
             raise
-        if (place / "config.json").is_file() and RunFolder.read(place).run != config.to_json():
+        if (place / "config.json").is_file() and parse_config(RunFolder.read(place).run) != config:
             raise ConfigError(
                 f"{place} holds the run of another configuration. Choose another --out for the changed study, or "
                 "delete that folder to run it again."
             )
-        runs.append(StudyRun(choices, seed, given, config, place))
+        found = known.get((*names, seed))
+        if found is not None and found["config"] != config.digest():
+            raise ConfigError(
+                f"{folder / 'study.json'} holds another configuration's result of {' · '.join(names)}, seed {seed}. "
+                "Choose another --out for the changed study, or delete that result to run it again."
+            )
+        runs.append(StudyRun(choices, seed, given, config, place, found))
     return sorted(runs, key=lambda run: not run.config.evaluation.baselines)
+
+
+def _known(path: Path) -> list[dict[str, Any]]:
+    return json.loads(path.read_text(encoding="utf-8"))["runs"] if path.is_file() else []
 
 
 def run_study(
@@ -145,7 +160,7 @@ def run_study(
     environment = {"OMP_NUM_THREADS": threads, **os.environ}
 
     def finish(run: StudyRun) -> str | None:
-        if (run.folder / "evaluation.json").is_file():
+        if run.measured is not None or (run.folder / "evaluation.json").is_file():
             return None
         if (run.folder / "config.json").is_file():
             arguments = ["--resume", str(run.folder)]
@@ -207,27 +222,33 @@ the median round's, for the aggregation; the aggregation loss is the mean over r
 
 def measure(study: StudyConfig, runs: Sequence[StudyRun]) -> list[dict[str, Any]]:
     """Return the measures of every run that is finished: its choices, its seed and what of `MEASURES` it has."""
-    finished = {run.folder: RunFolder.read(run.folder) for run in runs if (run.folder / "evaluation.json").is_file()}
-    references = {
-        _reference_key(study, run): finished[run.folder].evaluation
-        for run in runs
-        if run.folder in finished and run.config.evaluation.baselines
-    }
-    measured = []
-    for run in runs:
-        if run.folder in finished:
-            of_run = _of_run(finished[run.folder], references.get(_reference_key(study, run), {}))
-            measured.append({"choices": dict(run.choices), "seed": run.seed, **of_run})
+    measured = [known for run in runs if (known := _measured(run)) is not None]
+    references = {_reference_key(study, known): known for known in measured if "local" in known}
+    for run in measured:
+        reference = references.get(_reference_key(study, run), {})
+        for name in ("base", "local", "central"):
+            if name in reference:
+                run[name] = reference[name]
+        loss, local, central = (run.get(name) for name in ("response_loss", "local", "central"))
+        if loss is not None and local is not None and central is not None and local > central:
+            run["gap_closed"] = (local - loss) / (local - central)
     return measured
 
 
-def _reference_key(study: StudyConfig, run: StudyRun) -> tuple[Any, ...]:
-    return run.seed, *(choice for axis, choice in run.choices.items() if axis not in study.baselines)
+def _measured(run: StudyRun) -> dict[str, Any] | None:
+    if (run.folder / "evaluation.json").is_file():
+        described = {"choices": dict(run.choices), "seed": run.seed, "config": run.config.digest()}
+        return described | _of_run(RunFolder.read(run.folder))
+    return None if run.measured is None else dict(run.measured)
 
 
-def _of_run(run: RunFolder, reference: Mapping[str, Any]) -> dict[str, float]:
+def _reference_key(study: StudyConfig, run: Mapping[str, Any]) -> tuple[Any, ...]:
+    return run["seed"], *(choice for axis, choice in run["choices"].items() if axis not in study.baselines)
+
+
+def _of_run(run: RunFolder) -> dict[str, float]:
     evaluation = run.evaluation
-    federated, others = evaluation["models"]["federated"], reference.get("models", {})
+    federated = evaluation["models"]["federated"]
     client_rounds = sum(len(line["cohort"]) - len(line["failures"]) for line in run.rounds)
     losses = [line["aggregation_loss"] for line in run.rounds if line["aggregation_loss"] is not None]
     seconds = [line["aggregation_seconds"] for line in run.timings if "aggregation_seconds" in line]
@@ -251,10 +272,7 @@ def _of_run(run: RunFolder, reference: Mapping[str, Any]) -> dict[str, float]:
         "tokens": federated["tokens"],
     }
     for name in ("base", "local", "central"):
-        values[name] = others.get(name, {}).get("response_loss", {}).get("all")
-    loss, local, central = values["response_loss"], values["local"], values["central"]
-    if loss is not None and local is not None and central is not None and local > central:
-        values["gap_closed"] = (local - loss) / (local - central)
+        values[name] = evaluation["models"].get(name, {}).get("response_loss", {}).get("all")
     return {name: value for name, value in values.items() if value is not None}
 
 

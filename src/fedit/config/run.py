@@ -111,5 +111,6 @@ class RunConfig(Table):
         return self.model_dump(mode="json")
 
     def digest(self) -> str:
-        """Return a short name of the configuration: another one has another."""
-        return hashlib.sha256(json.dumps(self.to_json(), sort_keys=True).encode()).hexdigest()[:16]
+        """Return a short name of the configuration: another one has another, whatever keys fedit gains."""
+        changed = self.model_dump(mode="json", exclude_defaults=True)
+        return hashlib.sha256(json.dumps(changed, sort_keys=True).encode()).hexdigest()[:16]

@@ -1,0 +1,134 @@
+"""A study: every combination with every seed, compared with the right baselines; what was done is not done again."""
+
+from __future__ import annotations
+
+import json
+import shutil
+import statistics
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+STUDY = """
+recipe = "{recipe}"
+seeds = [0, 1]
+[override]
+rounds = 1
+"evaluation.max_new_tokens" = 0
+[axes.split]
+iid = {{}}
+shards = {{ "partition.name" = "category_shards", "partition.num_clients" = 3, "partition.shards_per_client" = 1 }}
+[axes.rule]
+fedit = {{ "aggregation.name" = "fedit" }}
+ffa-lora = {{ "aggregation.name" = "ffa-lora" }}
+[baselines]
+rule = "fedit"
+"""
+
+
+@pytest.fixture
+def study(tmp_path: Path, recipe: Path) -> Path:
+    path = tmp_path / "grid.toml"
+    path.write_text(STUDY.format(recipe=recipe))
+    return path
+
+
+def runs_of(folder: Path) -> list[dict[str, Any]]:
+    return json.loads((folder / "study.json").read_text())["runs"]
+
+
+def test_a_grid_its_table_and_how_it_grows(fedit, study, tmp_path) -> None:
+    """The second time there is a new seed; one run is unfinished, and of one only study.json knows."""
+    out = tmp_path / "out"
+    study.write_text(study.read_text().replace("[0, 1]", "[0]"))
+    done = fedit("study", study, "--out", out, "--jobs", "2")
+    assert done.status == 0, done.stderr
+    first = runs_of(out)
+    assert len(first) == 4
+    untouched = out / "runs" / "iid-fedit-0" / "rounds.jsonl"
+    before = untouched.stat().st_mtime_ns
+    shutil.rmtree(out / "runs" / "shards-fedit-0")
+    (out / "runs" / "iid-ffa-lora-0" / "evaluation.json").unlink()
+    content = json.loads((out / "study.json").read_text())
+    content["runs"] = [run for run in first if run["choices"] != {"split": "iid", "rule": "ffa-lora"}]
+    (out / "study.json").write_text(json.dumps(content))
+
+    study.write_text(study.read_text().replace("[0]", "[0, 1]"))
+    done = fedit("study", study, "--out", out, "--jobs", "2")
+    assert done.status == 0, done.stderr
+    assert untouched.stat().st_mtime_ns == before
+    assert not (out / "runs" / "shards-fedit-0").exists()
+    runs = runs_of(out)
+    assert {(*run["choices"].values(), run["seed"]) for run in runs} == {
+        (split, rule, seed) for split in ("iid", "shards") for rule in ("fedit", "ffa-lora") for seed in (0, 1)
+    }
+    assert by_label([run for run in runs if run["seed"] == 0]) == by_label(first)
+    for run in runs:
+        check_measures(run, runs, out / "runs" / "-".join([*run["choices"].values(), str(run["seed"])]))
+    table = [line.strip("| \n").split(" | ") for line in (out / "study.md").read_text().splitlines()]
+    assert table[0][:4] == ["split", "rule", "Seeds", "Response loss"]
+    assert [line[:3] for line in table[2:]] == [
+        [split, rule, "2"] for split in ("iid", "shards") for rule in ("fedit", "ffa-lora")
+    ]
+    losses = [run["response_loss"] for run in runs if run["choices"] == {"split": "shards", "rule": "ffa-lora"}]
+    assert table[-1][3] == f"{statistics.fmean(losses):.3f} ± {statistics.stdev(losses):.3f}"
+
+    study.write_text(study.read_text().replace("rounds = 1", "rounds = 2"))
+    refused = fedit("study", study, "--out", out)
+    assert refused.status == 1
+    assert "another configuration" in refused.stderr
+
+
+def by_label(runs: list[dict[str, Any]]) -> dict[str, dict[str, Any]]:
+    return {str(run["choices"]): {k: v for k, v in run.items() if k != "aggregation_s"} for run in runs}
+
+
+def check_measures(run: dict[str, Any], runs: list[dict[str, Any]], folder: Path) -> None:
+    alike = {**run["choices"], "rule": "fedit"}
+    reference = next(other for other in runs if other["choices"] == alike and other["seed"] == run["seed"])
+    gap = reference["local"] - reference["central"]
+    assert ("gap_closed" in run) == (gap > 0)
+    if gap > 0:
+        assert run["gap_closed"] == pytest.approx((reference["local"] - run["response_loss"]) / gap)
+    assert run["aggregation_s"] > 0
+    if folder.exists():
+        evaluation = json.loads((folder / "evaluation.json").read_text())
+        assert ("local" in evaluation["models"]) == (run["choices"]["rule"] == "fedit")
+        assert run["response_loss"] == evaluation["models"]["federated"]["response_loss"]["all"]
+        lines = [json.loads(line) for line in (folder / "rounds.jsonl").read_text().splitlines()]
+        assert run["bytes_up"] == sum(line["bytes_up"] for line in lines) / 3
+
+
+def test_a_run_that_fails_takes_no_other_with_it(fedit, study, tmp_path) -> None:
+    wild = 'wild = { "client.learning_rate" = 1e30 }'
+    text = study.read_text().replace('ffa-lora = { "aggregation.name" = "ffa-lora" }', wild)
+    study.write_text(text.replace("[0, 1]", "[0]").replace("iid = {}\n", ""))
+    done = fedit("study", study, "--out", tmp_path / "out")
+    assert done.status == 1
+    assert "1 of 2 runs failed" in done.stderr
+    assert {run["choices"]["rule"] for run in runs_of(tmp_path / "out")} == {"fedit"}
+
+
+@pytest.mark.parametrize(
+    ("old", "new", "message"),
+    [
+        ('rule = "fedit"', 'rule = "fedti"', "no choice is named 'fedti'. Did you mean 'fedit'?"),
+        ('rule = "fedit"', 'rul = "fedit"', "no axis is named 'rul'. Did you mean 'rule'?"),
+        ("seeds", "sedes", "unknown key 'sedes'. Did you mean 'seeds'?"),
+        ('"aggregation.name" = "ffa-lora"', '"aggregation.name" = "ffa"', "In the study's run iid · ffa-lora"),
+        ("rounds = 1", "rounds = ", "is not valid TOML"),
+    ],
+)
+def test_a_study_is_checked_before_anything_runs(fedit, study, tmp_path, old: str, new: str, message: str) -> None:
+    study.write_text(study.read_text().replace(old, new))
+    done = fedit("study", study, "--out", tmp_path / "out")
+    assert done.status == 1
+    assert message in " ".join(done.stderr.split())
+    assert not (tmp_path / "out").exists()
+
+
+def test_unknown_study(fedit) -> None:
+    done = fedit("study", "rulse")
+    assert done.status == 1
+    assert "Did you mean 'rules'?" in done.stderr
