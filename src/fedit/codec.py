@@ -251,6 +251,8 @@ def _rice_encode(positions: np.ndarray, size: int) -> bytes:
 def _rice_decode(message: bytes, count: int, size: int) -> tuple[np.ndarray, int]:
     if not count:
         return np.zeros(0, dtype=np.int64), 0
+    if count > size:
+        raise ValueError(f"{count} positions are named")
     bits = _rice_parameter(count, size)
     used = -(-count * bits // 8)
     remainders = _unpack(message[:used], bits, count)

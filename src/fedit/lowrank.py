@@ -86,7 +86,8 @@ class LowRank:
         That holds where B is zero, too. Rows beyond n are zero.
         """
         q_a, r_a = torch.linalg.qr(self.a.T)
-        u, s, vh = torch.linalg.svd(self.b @ r_a.T)
+        core = self.b @ r_a.T  # with more rows than columns, U is not wanted whole: it would be m x m
+        u, s, vh = torch.linalg.svd(core, full_matrices=core.shape[0] < core.shape[1])
         b = pad(u[:, : len(s)] * s, (0, len(vh) - len(s)))
         return LowRank(b, vh @ q_a.T).widened(self.rank)
 

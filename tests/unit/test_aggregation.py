@@ -20,6 +20,7 @@ from fedit.aggregation import (
     HetLoRA,
     LoRAFAIR,
     RaFLoRA,
+    combine,
 )
 from fedit.config import load_plugins, parse_config
 from fedit.interfaces import Adapter, ClientUpdate, ConfigError, RoundError
@@ -223,3 +224,31 @@ def test_a_rule_that_leaves_something_beside_needs_whole_steps() -> None:
         with pytest.raises(ConfigError, match="leaves the rest of each step beside the adapter"):
             parse_config({"aggregation": "fedex-lora", "server_optimizer": optimizer})
     parse_config({"aggregation": "fedex-lora", "server_optimizer": "fedavg"})
+
+
+@pytest.mark.parametrize("num_clients", [3, 30, 90])
+def test_what_is_lost_is_measured_in_bounded_memory(num_clients: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Exactly with few clients; with many, by sketches, to a few percent of itself, and the means are the same."""
+    rng = np.random.default_rng(5)
+
+    def draw(*shape: int) -> torch.Tensor:
+        return torch.from_numpy(rng.normal(size=shape)).float()
+
+    shapes = {"A": (4, 250), "B": (300, 4)}
+    tensors = {f"{layer}.lora_{f}.weight": draw(*shape) for layer in range(9) for f, shape in shapes.items()}
+    received = Adapter(tensors, 4, 8.0)
+    steps = [{name: draw(*t.shape) for name, t in received.tensors.items()} for _ in range(num_clients)]
+    answers = [ClientUpdate(str(k), received.with_tensors(step), 1 + k % 3, 1, 1.0, 1) for k, step in enumerate(steps)]
+    measured = FedIT().aggregate(received, iter(answers), RNG)
+    monkeypatch.setattr(combine, "EXACT_RANK", 10**6)
+    exact = FedIT().aggregate(received, iter(answers), RNG)
+    assert all(torch.equal(measured.delta[name], exact.delta[name]) for name in exact.delta)
+    expected = exact.metrics["aggregation_loss"]
+    assert measured.metrics["aggregation_loss"] == pytest.approx(expected, rel=1e-12 if num_clients <= 48 else 0.03)
+    assert (measured.metrics["aggregation_loss"] == expected) == (num_clients <= 48)
+
+
+@pytest.mark.parametrize("name", ["fed-sb", "tinylora"])
+def test_rules_that_start_from_the_weights_need_them(name: str) -> None:
+    with pytest.raises(ConfigError, match="starts from the singular vectors of the base's weights"):
+        parse_config({"model": {"quantization": "nf4"}, "aggregation": name})

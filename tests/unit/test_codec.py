@@ -216,3 +216,29 @@ def test_a_damaged_message_is_refused(mask: dict[str, Any], quantizer: str, dama
 def test_a_mask_and_its_density_go_together(config: dict[str, Any]) -> None:
     with pytest.raises(ValueError, match="needs another mask than dense"):
         CodecConfig(**config)
+
+
+def test_sparse_messages_name_what_is_not_zero() -> None:
+    one = Codec(CodecConfig(), seed=7, direction="up", feedback=False, sparse=True)
+    values = {name: torch.zeros(shape) for name, shape in SHAPES.items()}
+    empty, got = through(one, values)
+    assert empty == bytes(4)
+    assert not got.any()
+    values["v.lora_A.weight"][2, 5] = -0.5
+    message, got = through(one, values)
+    assert torch.equal(got, flat(values))
+    assert 8 < len(message) <= 12
+    shapes = {name: tensor.shape for name, tensor in values.items()}
+    for count in (SIZE + 1, 2**31):
+        with pytest.raises(RoundError, match="positions are named"):
+            one.decode(count.to_bytes(4, "little") + message[4:], shapes, 0)
+
+
+@pytest.mark.parametrize(
+    ("message", "reason"),
+    [(bytes(200), "end early"), (b"\xff" * 25 + b"\x24\x92\x49" * 25, "out of range"), (b"\xff" * 20, "too short")],
+)
+def test_positions_that_cannot_be(message: bytes, reason: str) -> None:
+    """Two hundred of a thousand: 25 bytes of remainders, then quotients, which are all two in the second message."""
+    with pytest.raises(ValueError, match=reason):
+        _rice_decode(message, 200, 1000)

@@ -185,3 +185,20 @@ def test_a_range_that_cannot_be_meant_is_refused() -> None:
         config(adapter={"rank": {"min": 2, "max": 4}})
     with pytest.raises(ConfigError, match=r"adapter.rank.by"):
         config(adapter={"rank": {"min": 2, "max": 4, "by": "row"}}, aggregation="flexlora")
+
+
+@pytest.mark.parametrize(
+    ("cohort", "reason"),
+    [
+        ({"size": 4}, "size = 4 is more than the 3 clients"),
+        ({"min_updates": 4}, "min_updates = 4 can never be reached"),
+    ],
+)
+def test_a_cohort_larger_than_the_clients_that_the_data_names_is_refused(cohort: dict[str, int], reason: str) -> None:
+    load_plugins()
+    config = RunConfig.model_validate({"partition": "natural", "cohort": cohort})
+    config.check()
+    with pytest.raises(ConfigError, match=reason):
+        check_clients(config, {"a": 1, "b": 2, "c": 3})
+    if "size" in cohort:
+        check_clients(config, dict.fromkeys("abcd", 1))

@@ -10,7 +10,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from fedit.lowrank import LowRank
+from fedit.lowrank import LowRank, Sketch
 
 SHAPES = {"num_outputs": st.integers(1, 9), "num_inputs": st.integers(1, 9), "seed": st.integers(0, 2**32)}
 RANKS = st.integers(1, 12)
@@ -121,3 +121,24 @@ def test_nearly_equal_matrices_differ_by_what_they_differ() -> None:
     left = random(30, 20, 4, 0)
     right = LowRank(left.b * (1 + 1e-11), left.a)
     assert (left - right).norm() == pytest.approx(1e-11 * left.norm(), rel=1e-3)
+
+
+def test_sketches_measure_sums_of_many_matrices() -> None:
+    """Of 28 layers together, to a few percent; and what is subtracted from what it was made of is exactly nothing."""
+    generator = torch.Generator().manual_seed(0)
+
+    def draw() -> LowRank:
+        b, a = torch.randn(40, 5, generator=generator), torch.randn(5, 60, generator=generator)
+        return LowRank(b.double(), a.double())
+
+    true, estimated = [], []
+    for layer in range(28):
+        first, second = draw(), draw()
+        sketch = (Sketch.of(first, str(layer)) + second) * 0.5
+        true.append(((first + second) * 0.5).norm())
+        estimated.append(sketch.norm())
+        assert (sketch - (first + second) * 0.5).norm() < 1e-10
+    assert math.hypot(*estimated) == pytest.approx(math.hypot(*true), rel=0.05)
+    other = draw()
+    assert not torch.equal(Sketch.of(other, "one").image, Sketch.of(other, "another").image)
+    assert torch.equal(Sketch.of(other, "one").image, Sketch.of(other, "one").image)

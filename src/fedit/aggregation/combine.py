@@ -72,7 +72,7 @@ def combine(
     update = _pass_through(adapter, updates, weighting, align, terms)
     if _is_linear(update):
         return Mean(update, scaled(low_rank(adapter, update), adapter.scaling))
-    return Mean(update, {module: sum_of.exact() for module, sum_of in terms.items()})
+    return Mean(update, {module: terms.pop(module).exact() for module in list(terms)})
 
 
 def average(
@@ -90,7 +90,7 @@ def average(
     update = _pass_through(adapter, updates, weighting, align, terms)
     if _is_linear(update):
         return MeasuredMean(update, scaled(low_rank(adapter, update), adapter.scaling))
-    return MeasuredMean(update, {module: sum_of.measurable() for module, sum_of in terms.items()})
+    return MeasuredMean(update, {module: terms.pop(module).measurable() for module in list(terms)})
 
 
 def _pass_through(
@@ -147,17 +147,16 @@ def conclude(
     """
     side_step = side_step or {}
     kept = scaled(low_rank(adapter, delta), adapter.scaling)
-    lost = {}
+    whole, lost = 0.0, 0.0
     for module, matrix in product.items():
         parts = [kept[module]]
         if module in side_step:
             parts.append(side_step[module])
         if replaces_side and module in adapter.side:
             parts.append(adapter.side[module] * -1.0)
-        lost[module] = matrix - LowRank.sum(parts)
-    whole = math.hypot(*[matrix.norm() for matrix in product.values()])
-    loss = math.hypot(*[matrix.norm() for matrix in lost.values()]) / whole if whole > 0 else 0.0
-    return Aggregate(delta, side_step, replaces_side, {"aggregation_loss": loss})
+        whole = math.hypot(whole, matrix.norm())
+        lost = math.hypot(lost, (matrix - LowRank.sum(parts)).norm())
+    return Aggregate(delta, side_step, replaces_side, {"aggregation_loss": lost / whole if whole > 0 else 0.0})
 
 
 # ------------------------------------------------------------------------------------------------- pieces of a rule

@@ -10,6 +10,7 @@ different data have in common stands out, and a bucket with a malicious client i
 
 from __future__ import annotations
 
+from abc import ABC, abstractmethod
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from typing import TYPE_CHECKING, ClassVar, Literal
 
@@ -27,7 +28,7 @@ Updates = Sequence[Mapping[str, Tensor]]
 """Of each client or bucket, float64"""
 
 
-class _RobustRule(Aggregation):
+class _RobustRule(Aggregation, ABC):
     robust: ClassVar[bool] = True
     weighting: ClassVar[str] = "uniform"
     bucket_size: int = Field(default=1, ge=1)
@@ -44,9 +45,9 @@ class _RobustRule(Aggregation):
         mean = average(adapter, holding(), "uniform")
         return conclude(adapter, mean.product, self.center(adapter, self._in_buckets(held, rng)))
 
+    @abstractmethod
     def center(self, adapter: Adapter, updates: Updates) -> dict[str, Tensor]:
         """Return the update that stands for all of them."""
-        raise NotImplementedError
 
     def _in_buckets(self, held: Updates, rng: np.random.Generator) -> Updates:
         if self.bucket_size == 1:
