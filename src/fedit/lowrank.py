@@ -93,8 +93,11 @@ class LowRank:
 
     def minimal(self, smallest: float) -> LowRank:
         """Return the same matrix but for components whose singular value is not above `smallest`: few columns."""
-        parts = self.components()
-        return parts.part(0, int((parts.singular_values() > smallest).sum()))
+        return self.components().above(smallest)
+
+    def above(self, smallest: float) -> LowRank:
+        """Do so with a matrix that `components` returned, or a part of it."""
+        return self.part(0, int((self.singular_values() > smallest).sum()))
 
     def norm(self) -> float:
         """Return the Frobenius norm, to rounding of the largest term of the sum (no squares are subtracted)."""

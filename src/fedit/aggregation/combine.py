@@ -33,7 +33,7 @@ Align = Callable[[Adapter, ClientUpdate], ClientUpdate]
 """Changes a client's update, given what it had received."""
 
 EXACT_RANK = 192
-"""Components of a module that `average` keeps to measure by; with more than these, it goes on with a sketch."""
+"""Components of a matrix up to which its norm is exact; with more, what was lost is measured by a sketch."""
 
 
 @dataclass(frozen=True, eq=False)
@@ -149,6 +149,8 @@ def conclude(
     kept = scaled(low_rank(adapter, delta), adapter.scaling)
     whole, lost = 0.0, 0.0
     for module, matrix in product.items():
+        if isinstance(matrix, LowRank) and matrix.rank > EXACT_RANK:
+            matrix = Sketch.of(matrix, module)
         parts = [kept[module]]
         if module in side_step:
             parts.append(side_step[module])

@@ -8,7 +8,17 @@ from typing import TYPE_CHECKING, ClassVar, Literal
 import torch
 from pydantic import Field
 
-from fedit.aggregation.combine import Modules, Weighting, combine, conclude, largest, low_rank, scaled, steps_to
+from fedit.aggregation.combine import (
+    EXACT_RANK,
+    Modules,
+    Weighting,
+    combine,
+    conclude,
+    largest,
+    low_rank,
+    scaled,
+    steps_to,
+)
 from fedit.interfaces import FACTORS, Adapter, Aggregate, Aggregation, ClientUpdate
 from fedit.lowrank import LowRank
 
@@ -70,9 +80,17 @@ class FedExLoRA(_Product):
     def aggregate(self, adapter: Adapter, updates: Iterable[ClientUpdate], rng: np.random.Generator) -> Aggregate:
         mean = combine(adapter, updates, self.weighting)
         kept = scaled(low_rank(adapter, mean.update), adapter.scaling)
-        # Below 1e-12 of M is what float64 makes of a difference that is zero.
-        residual = {m: (matrix - kept[m]).minimal(1e-12 * matrix.norm()) for m, matrix in mean.product.items()}
+        residual = {module: _without_zeros(matrix, kept[module]) for module, matrix in mean.product.items()}
         return conclude(adapter, mean.product, mean.update, residual)
+
+
+def _without_zeros(matrix: LowRank, kept: LowRank) -> LowRank:
+    """Return the difference in few columns, up to ranks at which finding them costs more than they take."""
+    difference = matrix - kept
+    if difference.rank > 4 * EXACT_RANK:
+        return difference.compact()
+    # Below 1e-12 of M is what float64 makes of a difference that is zero.
+    return difference.minimal(1e-12 * matrix.norm())
 
 
 class FlexLoRA(_Product):
@@ -186,8 +204,13 @@ class FedMomentum(_Product):
     def aggregate(self, adapter: Adapter, updates: Iterable[ClientUpdate], rng: np.random.Generator) -> Aggregate:
         product = combine(adapter, updates, self.weighting).product
         factors, rest = largest(product, adapter)
-        side_step = {module: rest[module].minimal(1e-12 * matrix.norm()) for module, matrix in product.items()}
+        side_step = {m: matrix.above(1e-12 * largest_of(factors[m], adapter)) for m, matrix in rest.items()}
         return conclude(adapter, product, steps_to(factors, adapter), side_step)
+
+
+def largest_of(factors: LowRank, adapter: Adapter) -> float:
+    """Return the largest singular value of what balanced factors do, the scaling included."""
+    return float(factors.singular_values().max()) * adapter.scaling
 
 
 class FedITPlus(_Product):
