@@ -150,19 +150,19 @@ def study(
     the file has gained are added.
     """
     from fedit.report.terminal import study_table
-    from fedit.study import load_study, measure, plan, run_study, table, write_study
+    from fedit.study import load_study, measure, plan, run_study, table
 
     grid = load_study(file)
     folder = out or Path("studies") / Path(file).stem
     runs = plan(grid, folder, override or [], plugin or [])
     try:
-        num_failed = run_study(grid, runs, jobs, plugin or [], _say)
+        num_failed = run_study(grid, runs, folder, jobs, plugin or [], _say)
     except KeyboardInterrupt:
-        _say("\nInterrupted. What was finished is saved; the same command goes on.")
+        _say(f"\nInterrupted. The same command goes on. Table so far: {folder / 'study.md'}")
         sys.exit(130)
     measured = measure(grid, runs)
     console.print(study_table(*table(grid, measured)))
-    _say(f"Table: {write_study(folder, grid, measured)}")
+    _say(f"Table: {folder / 'study.md'}")
     if as_json:
         _print_json(measured)
     if num_failed:

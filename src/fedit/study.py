@@ -151,11 +151,14 @@ def _known(path: Path) -> list[dict[str, Any]]:
 def run_study(
     study: StudyConfig,
     runs: Sequence[StudyRun],
+    folder: Path,
     jobs: int,
     plugin_files: Sequence[Path],
     say: Callable[[str], None],
 ) -> int:
-    """Run what is not finished, `jobs` runs at a time, and return how many failed; `say` is told each end."""
+    """Run what is not finished, `jobs` runs at a time, and return how many failed; `say` is told each end, and the
+    table in `folder` has what is finished so far.
+    """
     threads = str(max(1, (os.cpu_count() or 1) // jobs))
     environment = {"OMP_NUM_THREADS": threads, **os.environ}
 
@@ -182,6 +185,7 @@ def run_study(
             for done, future in enumerate(as_completed(futures), start=1):
                 failure = future.result()
                 num_failed += failure is not None
+                write_study(folder, study, measure(study, runs))
                 say(f"{done} of {len(runs)}: {futures[future].label}{f' failed: {failure}' if failure else ''}")
         except KeyboardInterrupt:
             pool.shutdown(wait=True, cancel_futures=True)
