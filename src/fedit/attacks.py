@@ -13,11 +13,13 @@ from typing import TYPE_CHECKING, ClassVar
 import torch
 from pydantic import Field
 
-from fedit.interfaces import Attack, Example, Turn
+from fedit.interfaces import FACTORS, Attack, ConfigError, Example, Turn
 
 if TYPE_CHECKING:
     import numpy as np
     from torch import Tensor
+
+    from fedit.config import RunConfig
 
 
 class Scaling(Attack):
@@ -79,6 +81,14 @@ class GaugeRescaling(Attack):
     name: ClassVar[str] = "gauge-rescaling"
     factor: float = Field(default=10.0, gt=0)
 
+    def check(self, run: RunConfig) -> None:
+        rule = run.aggregation
+        if set(rule.shared(0)) != set(FACTORS):
+            raise ConfigError(
+                f"[attack] name = {self.name!r} writes both factors anew, but [aggregation] name = {rule.name!r} takes "
+                f"{' and '.join(rule.shared(0))} only. Use another attack, or fedit."
+            )
+
     def tamper(
         self, received: Mapping[str, Tensor], update: Mapping[str, Tensor], rng: np.random.Generator
     ) -> dict[str, Tensor]:
@@ -117,6 +127,13 @@ class Backdoor(Attack):
     trigger: str = Field(default="cf", min_length=1)
     target: str = Field(default="I cannot help.", min_length=1)
     share: float = Field(default=0.5, gt=0, le=1)
+
+    def check(self, run: RunConfig) -> None:
+        if run.evaluation.max_new_tokens == 0:
+            raise ConfigError(
+                f"[attack] name = {self.name!r} is judged by generated answers, but [evaluation] max_new_tokens = 0. "
+                "Raise it."
+            )
 
     def poison(self, examples: Sequence[Example], rng: np.random.Generator | None) -> list[Example]:
         count = round(self.share * len(examples))

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import json
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -21,7 +21,7 @@ from fedit.cohort import client_rank, mean_share
 from fedit.config import RunConfig
 from fedit.evaluation.metrics import LOCAL_PREFIX
 from fedit.files import write_atomically
-from fedit.interfaces import Adapter, derive_seed
+from fedit.interfaces import FACTORS, Adapter, derive_seed
 from fedit.model import StackedModel
 from fedit.optimizer import Moments
 from fedit.prepare import FederatedData
@@ -78,6 +78,7 @@ def train_baseline(
     file_stem: Path,
     on_step: Callable[[int], None],
     on_saved: Callable[[int], None],
+    trained: Collection[str] = FACTORS,
 ) -> Trained:
     """Train `tasks` in groups that fill the slots, going on with what an earlier call saved of them.
 
@@ -91,12 +92,16 @@ def train_baseline(
     for start in range(0, len(tasks), num_slots):
         group = tasks[start : start + num_slots]
         path = _group_file(file_stem, start)
-        saved = _read(path) if path.is_file() else _Saved(0, Trained({task.name: task.adapter for task in group}), {})
+        saved = (
+            _read(path, group)
+            if path.is_file()
+            else _Saved(0, Trained({task.name: task.adapter for task in group}), {})
+        )
         before, last_saved = sum(saved.trained.tokens.values()), time.monotonic()
         while saved.num_pieces < config.rounds:
-            saved = _train_piece(config, model, group, saved, on_step)
+            saved = _train_piece(config, model, group, saved, on_step, trained)
             if saved.num_pieces == config.rounds or time.monotonic() - last_saved >= SAVE_EVERY_S:
-                _write(path, saved)
+                _write(path, saved, trained)
                 tokens = sum(saved.trained.tokens.values())
                 on_saved(tokens - before)
                 before, last_saved = tokens, time.monotonic()
@@ -124,7 +129,12 @@ class _Saved:
 
 
 def _train_piece(
-    config: RunConfig, model: StackedModel, group: Sequence[TuningTask], saved: _Saved, on_step: Callable[[int], None]
+    config: RunConfig,
+    model: StackedModel,
+    group: Sequence[TuningTask],
+    saved: _Saved,
+    on_step: Callable[[int], None],
+    trained: Collection[str],
 ) -> _Saved:
     """Train the next piece of every task that has not failed."""
     pieces = []
@@ -144,7 +154,7 @@ def _train_piece(
             pieces.append(piece)
     # Fewer steps than rounds leave some pieces empty.
     tasks = [piece for piece in pieces if piece.num_steps]
-    results = list(tune(model, tasks, config.client, len(group), on_step, objective=config.objective))
+    results = list(tune(model, tasks, config.client, len(group), on_step, trained, config.objective))
     adapters = {piece.name: piece.adapter for piece in pieces}
     tokens, failures, moments = dict(saved.trained.tokens), dict(saved.trained.failures), dict(saved.moments)
     for result in results:
@@ -162,15 +172,18 @@ def _group_file(file_stem: Path, start: int) -> Path:
     return file_stem.with_name(f"{file_stem.name}-{start:05d}.safetensors")
 
 
-def _write(path: Path, saved: _Saved) -> None:
+def _write(path: Path, saved: _Saved, trained: Collection[str]) -> None:
+    """Write what is trained; the rest is in every task's adapter."""
     adapters = saved.trained.adapters
-    tensors = {f"adapter/{model}\x1f{name}": t for model in adapters for name, t in adapters[model].tensors.items()}
+    tensors = {
+        f"adapter/{model}\x1f{name}": t for model in adapters for name, t in adapters[model].only(trained).items()
+    }
     for model in adapters.keys() & saved.moments.keys():
         tensors[f"first/{model}"] = saved.moments[model].first
         tensors[f"second/{model}"] = saved.moments[model].second
     about = {
         "num_pieces": saved.num_pieces,
-        "adapters": {name: [adapter.rank, adapter.lora_alpha] for name, adapter in adapters.items()},
+        "adapters": list(adapters),
         "steps": {name: moments.num_steps for name, moments in saved.moments.items() if name in adapters},
         "tokens": saved.trained.tokens,
         "failures": saved.trained.failures,
@@ -178,7 +191,7 @@ def _write(path: Path, saved: _Saved) -> None:
     write_atomically(path, save(tensors, {"fedit": json.dumps(about)}))
 
 
-def _read(path: Path) -> _Saved:
+def _read(path: Path, group: Sequence[TuningTask]) -> _Saved:
     with safe_open(path, "pt") as file:
         about = _about(file)
         tensors: dict[str, dict[str, Tensor]] = {name: {} for name in about["adapters"]}
@@ -190,7 +203,8 @@ def _read(path: Path) -> _Saved:
             name: Moments(file.get_tensor(f"first/{name}"), file.get_tensor(f"second/{name}"), num_steps)
             for name, num_steps in about["steps"].items()
         }
-    adapters = {name: Adapter(tensors[name], *described) for name, described in about["adapters"].items()}
+    started = {task.name: task.adapter for task in group}
+    adapters = {name: started[name].with_tensors({**started[name].tensors, **own}) for name, own in tensors.items()}
     return _Saved(about["num_pieces"], Trained(adapters, about["tokens"], about["failures"]), moments)
 
 

@@ -172,7 +172,10 @@ class Codec:
             return np.sort(rng.choice(size, self._count(size), replace=False))
         if self._config.mask == "round-robin":
             num_segments = min(size, round(1 / self._config.density))
-            segment = round_index % num_segments
+            pass_index, turn = divmod(round_index, num_segments)
+            # An order for each pass: what happens in every other round only must not meet every other segment only.
+            order = derive_rng(self._seed, "segments", self._direction, pass_index).permutation(num_segments)
+            segment = int(order[turn])
             return np.arange(size * segment // num_segments, size * (segment + 1) // num_segments)
         return np.arange(size)
 
@@ -268,17 +271,26 @@ def _rice_decode(message: bytes, count: int, size: int) -> tuple[np.ndarray, int
     return positions, used + -(-(int(ends[-1]) + 1) // 8)
 
 
+CHUNK = 1 << 20
+"""Numbers that are packed at a time: each takes eight bytes for every bit meanwhile."""
+
+
 def _pack(values: np.ndarray, bits: int) -> bytes:
     """Return unsigned numbers of so many bits one after another."""
     shifts = np.arange(bits - 1, -1, -1)
-    return np.packbits(((values[:, None] >> shifts) & 1).astype(np.uint8)).tobytes()
+    chunks = (values[start : start + CHUNK] for start in range(0, len(values), CHUNK))
+    return b"".join(np.packbits(((chunk[:, None] >> shifts) & 1).astype(np.uint8)).tobytes() for chunk in chunks)
 
 
 def _unpack(packed: bytes, bits: int, count: int) -> np.ndarray:
     if len(packed) != -(-count * bits // 8):
         raise ValueError("it is too short")
-    digits = np.unpackbits(np.frombuffer(packed, dtype=np.uint8), count=count * bits).reshape(count, bits)
-    return digits.astype(np.int64) @ (1 << np.arange(bits - 1, -1, -1, dtype=np.int64))
+    values, places = np.zeros(count, dtype=np.int64), 1 << np.arange(bits - 1, -1, -1, dtype=np.int64)
+    for start in range(0, count, CHUNK):
+        part = values[start : start + CHUNK]
+        taken = np.frombuffer(packed, dtype=np.uint8)[start * bits // 8 : -(-(start + len(part)) * bits // 8)]
+        part[:] = np.unpackbits(taken, count=len(part) * bits).reshape(len(part), bits).astype(np.int64) @ places
+    return values
 
 
 # ---------------------------------------------------------------------------------------------------------- numbers

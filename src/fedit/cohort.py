@@ -59,6 +59,13 @@ def check_clients(config: RunConfig, clients: Mapping[str, int]) -> None:
             f"[cohort] min_updates = {cohort.min_updates} can never be reached: the partition has "
             f"{num_clients} clients, a cohort {cohort.num_sampled(num_clients)}."
         )
+    for index in range(config.rounds):
+        drawn = len(sample_cohort(config, clients, index))
+        if 0 < drawn < cohort.min_updates:
+            raise ConfigError(
+                f"[cohort] min_updates = {cohort.min_updates} cannot be reached in round {index + 1}, which draws "
+                f"{drawn} of the clients that are online. Lower it, sample more, or choose another seed."
+            )
     for name in cohort.availability if isinstance(cohort.availability, Mapping) else ():
         if name not in clients:
             raise ConfigError(f"[cohort] availability: no client is named {name!r}. {did_you_mean(name, clients)}")

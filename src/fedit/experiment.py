@@ -17,7 +17,7 @@ import sys
 import tempfile
 import time
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import asdict, dataclass, replace
+from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -33,7 +33,7 @@ from fedit.evaluation.heldout import mean_loss, predict, preference_accuracy, wi
 from fedit.evaluation.metrics import FEDERATED_PREFIX, LOCAL_PREFIX, PERSONAL_PREFIX, Prediction, summarise
 from fedit.export import save_adapter
 from fedit.files import append_line, folder_name, keep_lines, write_atomically, write_json
-from fedit.interfaces import Adapter, ConfigError, DataError, EncodedExample, EngineError, derive_rng
+from fedit.interfaces import FACTORS, Adapter, ConfigError, DataError, EncodedExample, EngineError, derive_rng
 from fedit.memory import fit_memory
 from fedit.model import StackedModel
 from fedit.prepare import FederatedData
@@ -88,8 +88,18 @@ class _Run:
     """The untrained adapter that every model starts from."""
     notify: Notify
 
+    tokens: list[int] = field(default_factory=list)
+    """Of the turns since somebody asked"""
+
     def step_done(self, num_tokens: int) -> None:
+        self.tokens.append(num_tokens)
         self.notify(Progressed(num_tokens))
+
+    def tokens_done(self) -> int:
+        """Return the tokens trained on since the last call."""
+        total = sum(self.tokens)
+        self.tokens.clear()
+        return total
 
     def append_timing(self, timing: Mapping[str, Any]) -> None:
         append_line(self.folder / "timings.jsonl", timing)
@@ -115,12 +125,16 @@ def run_experiment(
     base = load_base(config.model, device)
     digest = weights_digest(base)
     model = StackedModel(base, load_tokenizer(config.model.path), config.adapter)
-    fit_memory(model, config.engine, config.client, list(data.clients.values()))
+    objective = config.objective
+    more = bool(objective.pull or objective.personal_pull) + objective.control_variates
+    fit_memory(model, config.engine, config.client, list(data.clients.values()), more)
     _start_folder(folder, data, describe_run(config, model, digest, recipe, plugin_files))
     if config.objective.preferences:
         clients = {client: with_reference_margins(model, rows) for client, rows in data.clients.items()}
         data = replace(data, clients=clients, test=with_reference_margins(model, data.test))
-    run = _Run(config, folder, data, model, model.fresh_adapter(derive_rng(config.seed, "adapter")), notify)
+    fresh = model.fresh_adapter(derive_rng(config.seed, "adapter"))
+    initial = config.aggregation.initial(fresh, model.weight, derive_rng(config.seed, "initial"))
+    run = _Run(config, folder, data, model, initial, notify)
 
     federated, personal = _federated(run)
     keeps_factors = _keeps_factors(config)
@@ -132,7 +146,10 @@ def run_experiment(
     prefix = FEDERATED_PREFIX if keeps_factors else PERSONAL_PREFIX
     models = {} if keeps_factors else {"federated": federated}
     models |= {prefix + client: adapter for client, adapter in personal.items()}
-    trained = Trained(models, {"base": 0} | dict.fromkeys(models, num_tokens))
+    tokens = {"base": 0} | dict.fromkeys(models, num_tokens)
+    if not keeps_factors:  # each client's own model has seen its own rows only; this is their mean
+        tokens |= {prefix + client: round(num_tokens / len(personal)) for client in personal}
+    trained = Trained(models, tokens)
     if config.evaluation.baselines:
         trained |= _baseline(run, "local", local_tasks(config, data, run.initial), num_tokens)
         trained |= _baseline(run, "central", [central_task(config, data, run.initial, num_tokens)], num_tokens)
@@ -147,16 +164,13 @@ def _federated(run: _Run) -> tuple[Adapter, dict[str, Adapter]]:
     factors, or a whole model, of their own.
     """
     config, checkpoints, rounds = run.config, run.folder / "checkpoints", run.folder / "rounds.jsonl"
-    state = load_state(checkpoints)
-    if state is None:
-        rng = derive_rng(config.seed, "initial")
-        state = ServerState(0, config.aggregation.initial(run.initial, run.model.weight, rng))
+    state = load_state(checkpoints) or ServerState(0, run.initial)
     keep_lines(rounds, state.round_index)
     keep_lines(run.folder / "timings.jsonl")
     watch = _Watch()
 
     def finish_round(state: ServerState, record: RoundRecord) -> None:
-        timing = watch.lap(record.tokens)
+        timing = watch.lap(run.tokens_done())
         every = config.evaluation.every
         if state.round_index == config.rounds or (every and state.round_index % every == 0):
             models = [state.adapter]
@@ -177,7 +191,9 @@ def _federated(run: _Run) -> tuple[Adapter, dict[str, Adapter]]:
         config, run.model, run.data.clients, ClientStore(run.folder / "clients", config.digest()), run.step_done
     )
     share = mean_share(config, engine.clients())
-    per_round = share * sum(_round_tokens(config, examples) for examples in run.data.clients.values())
+    models_per_client = 1 if config.objective.personal_pull is None else 2
+    per_pass = sum(_round_tokens(config, examples) for examples in run.data.clients.values())
+    per_round = share * models_per_client * per_pass
     run.notify(PhaseStarted("federated", round((config.rounds - state.round_index) * per_round)))
     adapter = train(config, engine, state, finish_round).adapter
     return adapter, engine.personal(adapter, config.rounds)
@@ -189,6 +205,7 @@ def _keeps_factors(config: RunConfig) -> bool:
 
 
 def _baseline(run: _Run, phase: str, tasks: Sequence[TuningTask], num_tokens: int) -> Trained:
+    """Train both factors of an adapter, or what the clients train where that is something else (cores, ...)."""
     file_stem = run.folder / "baselines" / phase
     run.notify(PhaseStarted(phase, max(0, num_tokens - saved_tokens(file_stem))))
     watch = _Watch()
@@ -196,7 +213,9 @@ def _baseline(run: _Run, phase: str, tasks: Sequence[TuningTask], num_tokens: in
     def saved(tokens: int) -> None:
         run.append_timing({"phase": phase, **watch.lap(tokens), "tokens": tokens})
 
-    return train_baseline(run.config, run.model, tasks, file_stem, run.step_done, saved)
+    trained = set(run.config.aggregation.trained(0))
+    factors = FACTORS if trained <= set(FACTORS) else trained
+    return train_baseline(run.config, run.model, tasks, file_stem, run.step_done, saved, factors)
 
 
 def _evaluate(run: _Run, trained: Trained) -> None:

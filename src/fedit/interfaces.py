@@ -272,6 +272,8 @@ class Attack(Plugin):
         if not 0 <= self.clients <= 1:
             raise ConfigError(f"[attack] clients = {self.clients}: expected names, or a share between 0 and 1.")
         count = round(self.clients * len(clients))
+        if not count and self.clients:
+            raise ConfigError(f"[attack] clients = {self.clients} of {len(clients)} clients is nobody. Raise it.")
         chosen = derive_rng(seed, "malicious").choice(len(clients), count, replace=False)
         return [clients[int(index)] for index in sorted(chosen)]
 
@@ -301,7 +303,7 @@ class Objective(Plugin):
 
     @property
     def pull(self) -> float:
-        """The strength p of ``p / 2 ||x - x_received||^2``, which is added to the loss."""
+        """The strength p of ``p / 2 ||x - x_0||^2``, which is added to the loss; x_0 is what the round starts from."""
         return 0.0
 
     @property

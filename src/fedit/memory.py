@@ -30,9 +30,15 @@ CGROUP_LIMIT = Path("/sys/fs/cgroup/memory.max")
 
 
 def fit_memory(
-    model: StackedModel, engine: EngineConfig, client: ClientConfig, clients: Sequence[Sequence[EncodedExample]]
+    model: StackedModel,
+    engine: EngineConfig,
+    client: ClientConfig,
+    clients: Sequence[Sequence[EncodedExample]],
+    more_of_slot: int = 0,
 ) -> None:
     """Set the model's `max_slots`, `batch_tokens` and `checkpointing` for tuning `clients`.
+
+    `more_of_slot` is how many vectors of an adapter's size are kept for each slot beside what every tuning keeps.
 
     Depends on the machine's whole memory, not on what is free at the moment, so that a resumed run does the same.
 
@@ -43,16 +49,19 @@ def fit_memory(
     budget = memory_bytes(engine, model.device)
     frozen = [parameter for parameter in model.base.parameters() if not parameter.requires_grad]
     base = sum(tensor.numel() * tensor.element_size() for tensor in (*frozen, *model.base.buffers()))
-    rows = [len(row) for client_rows in clients for row in client_rows]
-    step_tokens = sum(rows) / sum(-(-len(client_rows) // client.batch_size) for client_rows in clients)
-    longest, most_tokens = max(rows), BATCH_TOKENS.get(kind, BATCH_TOKENS["cuda"])
+    rows = [row for client_rows in clients for row in client_rows]
+    num_steps = sum(-(-len(client_rows) // client.batch_size) for client_rows in clients)
+    step_tokens = sum(row.num_trained for row in rows) / num_steps
+    longest = max(len(each) for row in rows for each in (row, row.rejected) if each is not None)
+    most_tokens = BATCH_TOKENS.get(kind, BATCH_TOKENS["cuda"])
     room = budget - base
+    slot_bytes = model.slot_bytes + more_of_slot * model.num_parameters * model.parameters.element_size()
     if engine.slots == "auto":
         wanted = min(len(clients), int(-(-FULL_BATCHES * most_tokens // step_tokens)))
-        model.max_slots = max(1, min(wanted, int(room / 2 // model.slot_bytes)))
+        model.max_slots = max(1, min(wanted, int(room / 2 // slot_bytes)))
     else:
         model.max_slots = engine.slots
-    room -= min(model.max_slots, len(clients)) * model.slot_bytes
+    room -= min(model.max_slots, len(clients)) * slot_bytes
     fitting = 0
     choices = [False, True][: 1 + model.can_checkpoint]
     for checkpointing in choices if engine.gradient_checkpointing == "auto" else [engine.gradient_checkpointing]:
@@ -61,10 +70,10 @@ def fit_memory(
         model.batch_tokens = min(most_tokens, fitting)
         if fitting >= longest:
             return
-    slots = max(0, int((budget - base) / 2 // model.slot_bytes))
+    slots = max(0, int((budget - base) / 2 // slot_bytes))
     raise EngineError(
         f"[engine] memory: {budget / 1e9:.2f} GB do not hold the base ({base / 1e9:.2f} GB), {model.max_slots} slots "
-        f"of {model.slot_bytes / 1e9:.3f} GB and a row of {longest} tokens: {slots} slots would fit into half of the "
+        f"of {slot_bytes / 1e9:.3f} GB and a row of {longest} tokens: {slots} slots would fit into half of the "
         f"rest, and beside {model.max_slots} slots {max(0, fitting)} tokens. Choose fewer [engine] slots, a smaller "
         "[data] max_length, [adapter] rank or [model] path, or raise [engine] memory_gb if the machine has more."
     )

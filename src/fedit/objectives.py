@@ -82,10 +82,7 @@ class Scaffold(Objective):
                 f'[objective] name = "scaffold" keeps gradients from one round to the next, but [aggregation] name = '
                 f"{rule.name!r} changes the factors' basis, or which of them are trained or shared. Use fedit."
             )
-        if not isinstance(run.adapter.rank, int):
-            raise ConfigError(
-                '[objective] name = "scaffold" needs clients of equal rank: give [adapter] rank a number.'
-            )
+        _needs_equal_ranks(self.name, run)
 
 
 class Ditto(Objective):
@@ -107,6 +104,7 @@ class Ditto(Objective):
         return self.strength
 
     def check(self, run: RunConfig) -> None:
+        _needs_equal_ranks(self.name, run)
         rule = run.aggregation
         if rule.refactors or rule.keeps_side or not set(rule.trained(0)) == set(rule.shared(0)) == set(FACTORS):
             raise ConfigError(
@@ -132,3 +130,8 @@ class DPO(Objective):
 
     def preference_loss(self, margin: Tensor) -> Tensor:
         return -logsigmoid(self.beta * margin)
+
+
+def _needs_equal_ranks(name: str, run: RunConfig) -> None:
+    if not isinstance(run.adapter.rank, int):
+        raise ConfigError(f"[objective] name = {name!r} needs clients of equal rank: give [adapter] rank a number.")

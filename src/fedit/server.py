@@ -71,7 +71,7 @@ class RoundRecord:
     bytes_down: int
     """Sum over the cohort of the adapter files (safetensors, header included)."""
     tokens: int
-    """Trained on by all clients in this round, without padding."""
+    """That the shared adapter was trained on by all clients in this round, without padding."""
     test_loss: float | None = None
     """Of the new global adapter on the held-out rows, in the rounds that evaluate."""
     aggregation_s: float = field(default=0.0, compare=False)
@@ -193,15 +193,14 @@ def download_size(config: RunConfig, state: ServerState, task: ClientTask, round
     since = range(rounds[-1], task.round_index) if rounds else range(task.round_index + 1)
     factors = {factor for index in since for factor in config.aggregation.returned(index)}
     size = wire_size(task.adapter.only(factors))
-    if task.control:
-        size += wire_size(task.control)
+    control = wire_size(task.control) if task.control else 0
     if not download_codec(config).is_plain:
-        return min(size, sum(state.messages[rounds[-1] if rounds else 0 :]))
+        return min(size, sum(state.messages[rounds[-1] if rounds else 0 :])) + control
     if task.adapter.side:
         whole = wire_size(side_tensors(task.adapter.side))
         was_there = bool(rounds) and rounds[-1] == task.round_index - 1
         size += min(whole, state.side_step_bytes) if was_there else whole
-    return size
+    return size + control
 
 
 @dataclass(eq=False)

@@ -32,14 +32,15 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor, as_completed
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, Self
 
-from pydantic import Field, ValidationError
+from pydantic import Field, ValidationError, field_validator, model_validator
 
 from fedit.config import RunConfig, Table, explain, load_config, parse_config, shipped_studies
 from fedit.files import folder_name, write_atomically, write_json
 from fedit.interfaces import ConfigError, did_you_mean
 from fedit.report import RunFolder
+from fedit.report.format import MISSING, size
 
 Overrides = dict[str, Any]
 
@@ -57,6 +58,23 @@ class StudyConfig(Table):
     baselines: dict[str, str] = Field(default_factory=dict)
     """The choices whose runs train the baselines; the others are compared with those of the same seed and the same
     choices on all other axes. Empty: every run trains its own."""
+
+    @field_validator("seeds")
+    @classmethod
+    def _once(cls, seeds: tuple[int, ...]) -> tuple[int, ...]:
+        if len(set(seeds)) < len(seeds):
+            raise ValueError("a seed is named twice")
+        return seeds
+
+    @model_validator(mode="after")
+    def _quoted(self) -> Self:
+        for key, value in itertools.chain(
+            self.override.items(), *(keys.items() for choices in self.axes.values() for keys in choices.values())
+        ):
+            if isinstance(value, dict) and "." not in key:
+                inner = f"{key}.{next(iter(value), '...')}"
+                raise ValueError(f'{key}: a table would replace the whole of it. Quote the key: "{inner}" = ...')
+        return self
 
 
 @dataclass(frozen=True)
@@ -123,7 +141,7 @@ def plan(study: StudyConfig, folder: Path, overrides: Sequence[str], plugin_file
         given = [*(f"{key}={_toml(value)}" for key, value in keys.items()), *overrides]
         if not _trains_baselines(study, choices):
             given.append("evaluation.baselines=false")
-        place = folder / "runs" / "-".join(folder_name(part) for part in (*choices.values(), str(seed)))
+        place = folder.joinpath("runs", *map(folder_name, choices.values()), str(seed))
         try:
             config = load_config(study.recipe, [*given, f"seed={seed}"], plugin_files)
         except ConfigError as error:
@@ -159,6 +177,8 @@ def run_study(
     """Run what is not finished, `jobs` runs at a time, and return how many failed; `say` is told each end, and the
     table in `folder` has what is finished so far.
     """
+    if jobs < 1:
+        raise ConfigError(f"--jobs {jobs}: expected 1 or more.")
     threads = str(max(1, (os.cpu_count() or 1) // jobs))
     environment = {"OMP_NUM_THREADS": threads, **os.environ}
 
@@ -203,7 +223,7 @@ def _toml(value: Any) -> str:
         return "{ " + ", ".join(f"{json.dumps(key)} = {_toml(item)}" for key, item in value.items()) + " }"
     if isinstance(value, list):
         return "[" + ", ".join(map(_toml, value)) + "]"
-    return json.dumps(value)
+    return json.dumps(value, ensure_ascii=False)
 
 
 # -------------------------------------------------------------------------------------------------------- the table
@@ -215,13 +235,13 @@ MEASURES = {
     "gap_closed": ("Gap closed", 2),
     "preference_accuracy": ("Preferred", 3),
     "attack_success": ("Attack success", 3),
-    "bytes_up": ("Up, bytes", 0),
-    "bytes_down": ("Down, bytes", 0),
+    "bytes_up": ("Up", None),
+    "bytes_down": ("Down", None),
     "aggregation_s": ("Server, s", 3),
     "aggregation_loss": ("Aggregation loss", 4),
 }
-"""By name, the heading and the digits. Bytes are per client and round, both ways as messages; the server's seconds are
-the median round's, for the aggregation; the aggregation loss is the mean over rounds."""
+"""By name, the heading and the digits (None: bytes). Bytes are per client and round, both ways as messages; the
+server's seconds are the median round's, for the aggregation; the aggregation loss is the mean over rounds."""
 
 
 def measure(study: StudyConfig, runs: Sequence[StudyRun]) -> list[dict[str, Any]]:
@@ -253,6 +273,7 @@ def _reference_key(study: StudyConfig, run: Mapping[str, Any]) -> tuple[Any, ...
 def _of_run(run: RunFolder) -> dict[str, float]:
     evaluation = run.evaluation
     federated = evaluation["models"]["federated"]
+    contacted = sum(len(line["cohort"]) for line in run.rounds)
     client_rounds = sum(len(line["cohort"]) - len(line["failures"]) for line in run.rounds)
     losses = [line["aggregation_loss"] for line in run.rounds if line["aggregation_loss"] is not None]
     seconds = [line["aggregation_seconds"] for line in run.timings if "aggregation_seconds" in line]
@@ -270,7 +291,7 @@ def _of_run(run: RunFolder) -> dict[str, float]:
         "preference_accuracy": evaluation.get("preference_accuracy", {}).get("federated"),
         "attack_success": evaluation.get("attack", {}).get("success", {}).get("federated"),
         "bytes_up": sum(line["bytes_up"] for line in run.rounds) / max(1, client_rounds),
-        "bytes_down": sum(line["bytes_down"] for line in run.rounds) / max(1, client_rounds),
+        "bytes_down": sum(line["bytes_down"] for line in run.rounds) / max(1, contacted),
         "aggregation_s": statistics.median(seconds) if seconds else None,
         "aggregation_loss": statistics.fmean(losses) if losses else None,
         "tokens": federated["tokens"],
@@ -301,9 +322,11 @@ def _by_choices(
             yield choices, group
 
 
-def _mean_and_deviation(values: Sequence[float], digits: int) -> str:
+def _mean_and_deviation(values: Sequence[float], digits: int | None) -> str:
     if not values:
-        return "–"
+        return MISSING
+    if digits is None:
+        return size(statistics.fmean(values))
     mean = f"{statistics.fmean(values):,.{digits}f}"
     deviation = statistics.stdev(values) if len(values) > 1 else 0.0
     return f"{mean} ± {deviation:,.{digits}f}" if deviation else mean

@@ -58,6 +58,27 @@ def test_scaffold_keeps_the_control_variates_of_the_paper(fedit, recipe, tmp_pat
     assert (rounds[0]["bytes_down"], rounds[1]["bytes_down"]) == (plain[0]["bytes_down"], 2 * plain[1]["bytes_down"])
 
 
+def test_the_control_variate_is_downloaded_whole_beside_a_compressed_step(fedit, recipe, tmp_path) -> None:
+    options = ("rounds=2", "download.quantizer=int8", *SGD)
+    plain = run(fedit, recipe, tmp_path / "plain", *options)
+    control = run(fedit, recipe, tmp_path / "run", "objective.name=scaffold", *options)
+    whole = run(fedit, recipe, tmp_path / "whole", "rounds=1", *SGD)[0]["bytes_down"]
+    assert control[1]["bytes_down"] == plain[1]["bytes_down"] + whole
+
+
+def test_fedprox_draws_a_client_to_its_own_factor(fedit, recipe, tmp_path) -> None:
+    """Under FedSA-LoRA B is the client's: a strong pull holds it where its round began, not at zero."""
+    options = ("aggregation.name=fedsa-lora", "rounds=3", "client.learning_rate=0.05")
+    run(fedit, recipe, tmp_path / "run", *options, "objective.name=fedprox", "objective.mu=1e-9")
+    run(fedit, recipe, tmp_path / "held", *options, "objective.name=fedprox", "objective.mu=0.5")
+
+    def own(folder: str, index: int) -> Tensor:
+        kept = named(tmp_path / folder / "clients" / "1" / f"round-0000{index}.safetensors", "private/")
+        return torch.cat([tensor.flatten() for tensor in kept.values()])
+
+    assert own("held", 2).norm() > 1.2 * own("held", 0).norm(), "it goes on from round to round"
+
+
 def test_ditto_has_a_model_for_all_and_one_for_each(fedit, recipe, tmp_path) -> None:
     plain = run(fedit, recipe, tmp_path / "plain")
     out = tmp_path / "run"
@@ -130,6 +151,7 @@ def test_dpo_learns_what_is_preferred(fedit, recipe, tmp_path) -> None:
         (("objective.name=ditto", "aggregation.name=fedsa-lora"), "does not train and share both"),
         (("objective.name=ditto", "aggregation.name=flora"), "changes the factors' basis"),
         (("objective.name=dpo",), "no rejected response"),
+        (("objective.name=ditto", "aggregation.name=hetlora", "adapter.rank=[2, 1]"), "clients of equal rank"),
         (("objective.name=fedprxo",), "Did you mean 'fedprox'?"),
         (("client.optimizer=sgd", "client.moments=keep"), "sgd has none"),
     ],

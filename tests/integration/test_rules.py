@@ -218,12 +218,13 @@ def test_lora_a2_sends_its_budget_of_ranks(fedit, recipe, tmp_path) -> None:
         ("fedex-lora", "download.quantizer=int8", "sends factors of a new basis, or more than factors"),
         ("flexlora", "upload.error_feedback=true", "changes the factors' basis"),
         ("lora-a2", "upload.mask=top-k", "chooses itself what clients send"),
+        ("fedkseed", "upload.mask=top-k", "sends the few numbers that moved"),
         ("fedit", "upload.density=0.5", "a density below 1 needs another mask than dense"),
         ("fedit", "upload.quantizer=int3", "'int4'"),
     ],
 )
 def test_codecs_that_cannot_work(fedit, recipe, tmp_path, name: str, option: str, message: str) -> None:
-    density = ["-o", "upload.density=0.5"] if "mask" in option else []
+    density = ["-o", "upload.density=0.5", "-o", "client.optimizer=sgd"] if "mask" in option else []
     done = fedit("run", recipe, "--out", tmp_path / "run", "-o", f"aggregation.name={name}", "-o", option, *density)
     assert done.status == 1
     assert message in " ".join(done.stderr.split())
@@ -294,6 +295,19 @@ def test_fedkseed_sends_a_number_and_its_place_for_each_step(fedit, recipe, tmp_
     loss = json.loads((run / "evaluation.json").read_text())["models"]["federated"]["response_loss"]["all"]
     loaded = peft_model(tiny_model_folder, run / "adapter")
     assert response_loss(loaded, held_out_rows(run)) == pytest.approx(loss, rel=1e-4)
+
+
+@pytest.mark.parametrize("name", ["fed-sb", "tinylora", "fedkseed"])
+def test_the_baselines_train_what_the_clients_train(fedit, recipe, tmp_path, name: str) -> None:
+    """Alone and in one place, the same few numbers."""
+    run_rule(fedit, recipe, tmp_path / "run", name, *NEEDS.get(name, ()), "evaluation.baselines=true")
+    evaluation = json.loads((tmp_path / "run" / "evaluation.json").read_text())["models"]
+    assert evaluation["central"]["response_loss"]["all"] != evaluation["base"]["response_loss"]["all"]
+    saved = load_file(tmp_path / "run" / "baselines" / "central-00000.safetensors")
+    trained = set(Aggregation.resolve(name).trained(0))
+    assert {key.rsplit(".", 2)[-2] for key in saved if key.startswith("adapter/")} >= trained
+    sizes = {key: tensor.numel() for key, tensor in saved.items() if key.startswith("first/")}
+    assert max(sizes.values()) < 2000, "moments of cores, not of factors"
 
 
 def test_fedkseed_needs_sgd(fedit, recipe, tmp_path) -> None:

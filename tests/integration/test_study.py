@@ -46,10 +46,10 @@ def test_a_grid_its_table_and_how_it_grows(fedit, study, tmp_path) -> None:
     assert done.status == 0, done.stderr
     first = runs_of(out)
     assert len(first) == 4
-    untouched = out / "runs" / "iid-fedit-0" / "rounds.jsonl"
+    untouched = out / "runs" / "iid" / "fedit" / "0" / "rounds.jsonl"
     before = untouched.stat().st_mtime_ns
-    shutil.rmtree(out / "runs" / "shards-fedit-0")
-    (out / "runs" / "iid-ffa-lora-0" / "evaluation.json").unlink()
+    shutil.rmtree(out / "runs" / "shards" / "fedit" / "0")
+    (out / "runs" / "iid" / "ffa-lora" / "0" / "evaluation.json").unlink()
     content = json.loads((out / "study.json").read_text())
     content["runs"] = [run for run in first if run["choices"] != {"split": "iid", "rule": "ffa-lora"}]
     (out / "study.json").write_text(json.dumps(content))
@@ -58,14 +58,14 @@ def test_a_grid_its_table_and_how_it_grows(fedit, study, tmp_path) -> None:
     done = fedit("study", study, "--out", out, "--jobs", "2")
     assert done.status == 0, done.stderr
     assert untouched.stat().st_mtime_ns == before
-    assert not (out / "runs" / "shards-fedit-0").exists()
+    assert not (out / "runs" / "shards" / "fedit" / "0").exists()
     runs = runs_of(out)
     assert {(*run["choices"].values(), run["seed"]) for run in runs} == {
         (split, rule, seed) for split in ("iid", "shards") for rule in ("fedit", "ffa-lora") for seed in (0, 1)
     }
     assert by_label([run for run in runs if run["seed"] == 0]) == by_label(first)
     for run in runs:
-        check_measures(run, runs, out / "runs" / "-".join([*run["choices"].values(), str(run["seed"])]))
+        check_measures(run, runs, out.joinpath("runs", *run["choices"].values(), str(run["seed"])))
     table = [line.strip("| \n").split(" | ") for line in (out / "study.md").read_text().splitlines()]
     assert table[0][:4] == ["split", "rule", "Seeds", "Response loss"]
     assert [line[:3] for line in table[2:]] == [
@@ -118,6 +118,8 @@ def test_a_run_that_fails_takes_no_other_with_it(fedit, study, tmp_path) -> None
         ("seeds", "sedes", "unknown key 'sedes'. Did you mean 'seeds'?"),
         ('"aggregation.name" = "ffa-lora"', '"aggregation.name" = "ffa"', "In the study's run iid · ffa-lora"),
         ("rounds = 1", "rounds = ", "is not valid TOML"),
+        ("[0, 1]", "[0, 0]", "a seed is named twice"),
+        ('"evaluation.max_new_tokens"', "evaluation.max_new_tokens", 'Quote the key: "evaluation.max_new_tokens"'),
     ],
 )
 def test_a_study_is_checked_before_anything_runs(fedit, study, tmp_path, old: str, new: str, message: str) -> None:
@@ -126,6 +128,12 @@ def test_a_study_is_checked_before_anything_runs(fedit, study, tmp_path, old: st
     assert done.status == 1
     assert message in " ".join(done.stderr.split())
     assert not (tmp_path / "out").exists()
+
+
+def test_no_jobs(fedit, study, tmp_path) -> None:
+    done = fedit("study", study, "--out", tmp_path / "out", "--jobs", "0")
+    assert done.status == 1
+    assert "--jobs 0: expected 1 or more" in done.stderr
 
 
 def test_unknown_study(fedit) -> None:

@@ -252,3 +252,16 @@ def test_what_is_lost_is_measured_in_bounded_memory(num_clients: int, monkeypatc
 def test_rules_that_start_from_the_weights_need_them(name: str) -> None:
     with pytest.raises(ConfigError, match="starts from the singular vectors of the base's weights"):
         parse_config({"model": {"quantization": "nf4"}, "aggregation": name})
+
+
+def test_hetlora_leaves_a_component_that_nobody_has_able_to_grow() -> None:
+    """A cohort of low ranks: the last component does nothing, and keeps its row of A."""
+    rng = np.random.default_rng(0)
+    a, b = (torch.from_numpy(rng.normal(size=shape)).float() for shape in ((4, 6), (5, 4)))
+    received = Adapter({A: a, B: b}, 4, 8.0)
+    sent = received.cut(2)
+    step = {name: torch.ones_like(tensor) for name, tensor in sent.tensors.items()}
+    answers = [ClientUpdate("0", sent.with_tensors(step), 1, 1, 1.0, 1)]
+    delta = HetLoRA().aggregate(received, iter(answers), RNG).delta
+    assert torch.allclose((received.tensors[A] + delta[A])[2:], received.tensors[A][2:].double())
+    assert torch.allclose((received.tensors[B] + delta[B])[:, 2:], torch.zeros(5, 2).double(), atol=1e-6)

@@ -12,7 +12,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 from torch import Tensor
 
-from fedit.codec import BITS, GROUP, Codec, _rice_decode, _rice_encode
+from fedit import codec as codec_module
+from fedit.codec import BITS, GROUP, Codec, _pack, _rice_decode, _rice_encode, _unpack
 from fedit.config import CodecConfig
 from fedit.interfaces import RoundError
 
@@ -78,10 +79,11 @@ def test_drawn_positions_change_with_the_round_and_are_the_same_for_all_clients(
 
 
 def test_segments_cover_everything_in_turn() -> None:
-    one = codec(mask="round-robin", density=0.3)  # three segments
-    covered = torch.stack([through(one, tensors(), index)[1] != 0 for index in range(4)])
-    assert torch.equal(covered[:3].sum(dim=0), torch.ones(SIZE, dtype=torch.int64))
-    assert torch.equal(covered[3], covered[0])
+    one = codec(mask="round-robin", density=1 / 3)
+    covered = torch.stack([through(one, tensors(), index)[1] != 0 for index in range(60)])
+    for start in range(0, 60, 3):
+        assert torch.equal(covered[start : start + 3].sum(dim=0), torch.ones(SIZE, dtype=torch.int64))
+    assert bool(covered[::3].any(dim=0).all()), "who sends in every third round only sends everything, too"
 
 
 @given(st.data())
@@ -210,6 +212,19 @@ def test_a_damaged_message_is_refused(mask: dict[str, Any], quantizer: str, dama
     message = damage(one.encode(values, 0))
     with pytest.raises(RoundError, match="none of the codec"):
         one.decode(message, {name: tensor.shape for name, tensor in values.items()}, 0)
+
+
+def test_a_pack_goes_on_after_each_chunk(monkeypatch: pytest.MonkeyPatch) -> None:
+    whole = {bits: _pack(np.arange(100) % 2**bits, bits) for bits in (1, 2, 4, 8, 11)}
+    monkeypatch.setattr(codec_module, "CHUNK", 8)
+    for bits, packed in whole.items():
+        assert _pack(np.arange(100) % 2**bits, bits) == packed
+        assert _unpack(packed, bits, 100).tolist() == [number % 2**bits for number in range(100)]
+
+
+def test_segments_are_of_equal_size() -> None:
+    with pytest.raises(ValueError, match="round-robin needs a density of 1/2"):
+        CodecConfig(mask="round-robin", density=0.4)
 
 
 @pytest.mark.parametrize("config", [{"mask": "top-k"}, {"density": 0.5}])

@@ -202,3 +202,12 @@ def test_a_cohort_larger_than_the_clients_that_the_data_names_is_refused(cohort:
         check_clients(config, {"a": 1, "b": 2, "c": 3})
     if "size" in cohort:
         check_clients(config, dict.fromkeys("abcd", 1))
+
+
+def test_a_round_that_must_fail_is_refused() -> None:
+    """Six of ten are away in the second round."""
+    away = {f"client {number}": [[1, 1], [3, 3]] for number in range(6)}
+    clients = {f"client {number}": 10 for number in range(10)}
+    check_clients(config(cohort={"size": 5, "min_updates": 4, "availability": away}), clients)
+    with pytest.raises(ConfigError, match="min_updates = 5 cannot be reached in round 2, which draws 4"):
+        check_clients(config(cohort={"size": 5, "min_updates": 5, "availability": away}), clients)

@@ -14,8 +14,8 @@ from torch import Tensor
 from fedit.aggregation import RFA, Krum, Median, MultiKrum, NormClipping, TrimmedMean
 from fedit.aggregation.robust import squared_distances
 from fedit.attacks import GaugeRescaling, Gaussian, Scaling, SignFlip
-from fedit.config import load_plugins
-from fedit.interfaces import Adapter, Aggregation, Attack, ClientUpdate
+from fedit.config import load_plugins, parse_config
+from fedit.interfaces import Adapter, Aggregation, Attack, ClientUpdate, ConfigError
 
 load_plugins()
 
@@ -168,3 +168,32 @@ def test_attackers_are_drawn_from_the_seed_or_named() -> None:
     assert drawn == SignFlip(clients=0.3).malicious(clients, 0)
     assert {tuple(SignFlip(clients=0.3).malicious(clients, seed)) for seed in range(9)} != {tuple(drawn)}
     assert SignFlip(clients=("client7", "client2")).malicious(clients, 0) == ["client2", "client7"]
+
+
+def test_a_bad_client_spoils_its_bucket() -> None:
+    """Two of ten in buckets of two are up to two of five, whatever the draw."""
+    adapter, steps = numbers(100, -100, *(1.0 + 0.01 * k for k in range(8)))
+    for seed in range(20):
+        rule, rng = TrimmedMean(malicious=0.2, bucket_size=2), np.random.default_rng(seed)
+        delta = rule.aggregate(adapter, answers(adapter, steps), rng).delta
+        assert 0.9 < float(delta["q.lora_B.weight"]) < 1.2
+
+
+@pytest.mark.parametrize(
+    ("tables", "reason"),
+    [
+        ({"aggregation": {"name": "rfa", "bucket_size": 4}}, "leaves 2 buckets"),
+        ({"aggregation": {"name": "norm-clipping", "max_norm": -1.0}}, "max_norm"),
+        ({"attack": {}}, "expected a name"),
+        ({"attack": {"name": "gauge-rescaling"}, "aggregation": "ffa-lora"}, "takes lora_B only"),
+        ({"attack": "backdoor", "evaluation": {"max_new_tokens": 0}}, "judged by generated answers"),
+    ],
+)
+def test_what_cannot_be_is_refused(tables: dict[str, object], reason: str) -> None:
+    with pytest.raises(ConfigError, match=reason):
+        parse_config({"partition": {"name": "iid", "num_clients": 8}, **tables})
+
+
+def test_a_share_of_nobody_is_refused() -> None:
+    with pytest.raises(ConfigError, match="is nobody"):
+        SignFlip(clients=0.2).malicious(["a", "b"], 0)

@@ -9,7 +9,16 @@ from typing import TYPE_CHECKING, ClassVar
 import torch
 from pydantic import Field
 
-from fedit.aggregation.combine import Weighting, WeightingByNorm, average, combine, conclude, low_rank
+from fedit.aggregation.combine import (
+    Weighting,
+    WeightingByNorm,
+    average,
+    combine,
+    conclude,
+    keep_trainable,
+    low_rank,
+    steps_to,
+)
 from fedit.interfaces import Adapter, Aggregate, Aggregation, ClientUpdate
 from fedit.lowrank import LowRank
 
@@ -62,8 +71,9 @@ class HetLoRA(Aggregation):
     """Adapters of different ranks, padded with zeros to the largest and averaged (2401.06432).
 
     A <- sum_k p_k [A_k; 0],  B <- sum_k p_k [B_k, 0], each rescaled from lora_alpha / r_k to the global scale, and p_k
-    proportional to ||s_k B_k A_k||_F: who learned more counts more. A client receives the first r_k components.
-    Its clients do not prune their own ranks here, as the paper's also do.
+    proportional to ||s_k B_k A_k||_F: who learned more counts more. A client receives the first r_k components. One
+    that nobody of the cohort has does nothing afterwards, and keeps its row of A, from which it can grow again. Its
+    clients do not prune their own ranks here, as the paper's also do.
 
     >>> HetLoRA().weighting
     'norm'
@@ -75,7 +85,9 @@ class HetLoRA(Aggregation):
 
     def aggregate(self, adapter: Adapter, updates: Iterable[ClientUpdate], rng: np.random.Generator) -> Aggregate:
         mean = average(adapter, updates, self.weighting)
-        return conclude(adapter, mean.product, mean.update)
+        tuned = low_rank(adapter, mean.update)
+        factors = {m: keep_trainable(matrix, adapter.tensors[f"{m}.lora_A.weight"]) for m, matrix in tuned.items()}
+        return conclude(adapter, mean.product, steps_to(factors, adapter))
 
 
 class FedRotLoRA(FedIT):

@@ -12,17 +12,19 @@ from __future__ import annotations
 
 from abc import ABC, abstractmethod
 from collections.abc import Iterable, Iterator, Mapping, Sequence
-from typing import TYPE_CHECKING, ClassVar, Literal
+from typing import TYPE_CHECKING, Annotated, ClassVar, Literal
 
 import torch
 from pydantic import Field
 from torch import Tensor
 
 from fedit.aggregation.combine import average, conclude, low_rank
-from fedit.interfaces import Adapter, Aggregate, Aggregation, ClientUpdate
+from fedit.interfaces import Adapter, Aggregate, Aggregation, ClientUpdate, ConfigError
 
 if TYPE_CHECKING:
     import numpy as np
+
+    from fedit.config import RunConfig
 
 Updates = Sequence[Mapping[str, Tensor]]
 """Of each client or bucket, float64"""
@@ -43,11 +45,21 @@ class _RobustRule(Aggregation, ABC):
                     yield result
 
         mean = average(adapter, holding(), "uniform")
-        return conclude(adapter, mean.product, self.center(adapter, self._in_buckets(held, rng)))
+        return conclude(adapter, mean.product, self.center(adapter, self._in_buckets(held, rng), len(held)))
 
     @abstractmethod
-    def center(self, adapter: Adapter, updates: Updates) -> dict[str, Tensor]:
-        """Return the update that stands for all of them."""
+    def center(self, adapter: Adapter, updates: Updates, num_clients: int) -> dict[str, Tensor]:
+        """Return the update that stands for all of them, which are those of clients or of buckets of them."""
+
+    def check(self, run: RunConfig) -> None:
+        num_clients = getattr(run.partition, "num_clients", None)
+        if self.bucket_size > 1 and num_clients is not None:
+            buckets = -(-run.cohort.num_sampled(num_clients) // self.bucket_size)
+            if buckets < 3:
+                raise ConfigError(
+                    f"[aggregation] bucket_size = {self.bucket_size} leaves {buckets} buckets of a cohort, too few to "
+                    "tell a bad one from the others. Lower it, to have three at least."
+                )
 
     def _in_buckets(self, held: Updates, rng: np.random.Generator) -> Updates:
         if self.bucket_size == 1:
@@ -61,6 +73,10 @@ class _AgainstAShare(_RobustRule):
     malicious: float = Field(default=0.2, ge=0, lt=0.5)
     """The share of clients that may be malicious"""
 
+    def num_malicious(self, num_clients: int, most: int) -> int:
+        """Return how many of the updates may be bad: one client spoils its whole bucket."""
+        return max(0, min(int(self.malicious * num_clients), most))
+
 
 class Median(_RobustRule):
     """The median of every coordinate of the factors (1803.01498); of an even number, the mean of the middle two.
@@ -71,7 +87,7 @@ class Median(_RobustRule):
 
     name: ClassVar[str] = "median"
 
-    def center(self, adapter: Adapter, updates: Updates) -> dict[str, Tensor]:
+    def center(self, adapter: Adapter, updates: Updates, num_clients: int) -> dict[str, Tensor]:
         first, last = (len(updates) - 1) // 2, len(updates) // 2
         return {name: values[first : last + 1].mean(dim=0) for name, values in _sorted(updates)}
 
@@ -79,7 +95,7 @@ class Median(_RobustRule):
 class TrimmedMean(_AgainstAShare):
     """The mean of every coordinate of the factors without its largest and smallest values (1803.01498).
 
-    Of K clients, floor(`malicious` K) are left out at either end.
+    Of K clients, floor(`malicious` K) are left out at either end; of buckets, as many, if a value is left.
 
     >>> TrimmedMean(malicious=0.1).malicious
     0.1
@@ -87,8 +103,8 @@ class TrimmedMean(_AgainstAShare):
 
     name: ClassVar[str] = "trimmed-mean"
 
-    def center(self, adapter: Adapter, updates: Updates) -> dict[str, Tensor]:
-        cut = int(self.malicious * len(updates))
+    def center(self, adapter: Adapter, updates: Updates, num_clients: int) -> dict[str, Tensor]:
+        cut = self.num_malicious(num_clients, (len(updates) - 1) // 2)
         return {name: values[cut : len(updates) - cut].mean(dim=0) for name, values in _sorted(updates)}
 
 
@@ -104,14 +120,14 @@ class Krum(_AgainstAShare):
 
     name: ClassVar[str] = "krum"
 
-    def center(self, adapter: Adapter, updates: Updates) -> dict[str, Tensor]:
-        scores, _ = self._scores(adapter, updates)
+    def center(self, adapter: Adapter, updates: Updates, num_clients: int) -> dict[str, Tensor]:
+        scores, _ = self._scores(adapter, updates, num_clients)
         return _mean([updates[index] for index in _up_to(scores, scores.min())])
 
-    def _scores(self, adapter: Adapter, updates: Updates) -> tuple[Tensor, int]:
+    def _scores(self, adapter: Adapter, updates: Updates, num_clients: int) -> tuple[Tensor, int]:
         """Return how far each update is from its neighbours [K], and f."""
         count = len(updates)
-        num_malicious = max(0, min(int(self.malicious * count), (count - 3) // 2))
+        num_malicious = self.num_malicious(num_clients, (count - 3) // 2)
         neighbours = max(1, count - num_malicious - 2)
         # The first column is each update's distance to itself.
         return squared_distances(adapter, updates).sort(dim=1).values[:, 1 : 1 + neighbours].sum(dim=1), num_malicious
@@ -126,8 +142,8 @@ class MultiKrum(Krum):
 
     name: ClassVar[str] = "multi-krum"
 
-    def center(self, adapter: Adapter, updates: Updates) -> dict[str, Tensor]:
-        scores, num_malicious = self._scores(adapter, updates)
+    def center(self, adapter: Adapter, updates: Updates, num_clients: int) -> dict[str, Tensor]:
+        scores, num_malicious = self._scores(adapter, updates, num_clients)
         worst = scores.sort().values[len(updates) - num_malicious - 1]
         return _mean([updates[index] for index in _up_to(scores, worst)])
 
@@ -146,7 +162,7 @@ class RFA(_RobustRule):
     name: ClassVar[str] = "rfa"
     iterations: int = Field(default=10, ge=1)
 
-    def center(self, adapter: Adapter, updates: Updates) -> dict[str, Tensor]:
+    def center(self, adapter: Adapter, updates: Updates, num_clients: int) -> dict[str, Tensor]:
         squares = squared_distances(adapter, updates)
         weights = torch.full((len(updates),), 1 / len(updates), dtype=torch.float64)
         for _ in range(self.iterations):
@@ -168,9 +184,9 @@ class NormClipping(_RobustRule):
     """
 
     name: ClassVar[str] = "norm-clipping"
-    max_norm: Literal["median"] | float = "median"
+    max_norm: Literal["median"] | Annotated[float, Field(gt=0)] = "median"
 
-    def center(self, adapter: Adapter, updates: Updates) -> dict[str, Tensor]:
+    def center(self, adapter: Adapter, updates: Updates, num_clients: int) -> dict[str, Tensor]:
         norms = torch.stack([torch.cat([t.flatten() for t in update.values()]).norm() for update in updates])
         bound = norms.quantile(0.5) if self.max_norm == "median" else torch.tensor(self.max_norm).double()
         factors = (bound / norms.clamp(min=1e-300)).clamp(max=1.0)

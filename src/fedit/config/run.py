@@ -46,7 +46,8 @@ class RunConfig(Table):
         SerializeAsAny[ServerOptimizer], BeforeValidator(lambda value: read_plugin(ServerOptimizer, value))
     ] = Field(default_factory=lambda: ServerOptimizer.resolve("fedavg"))
     attack: Annotated[
-        SerializeAsAny[Attack] | None, BeforeValidator(lambda value: value and read_plugin(Attack, value))
+        SerializeAsAny[Attack] | None,
+        BeforeValidator(lambda value: None if value is None else read_plugin(Attack, value)),
     ] = None
     """Malicious clients, simulated; ``"none"``: all are honest."""
     upload: CodecConfig = CodecConfig()
@@ -86,8 +87,16 @@ class RunConfig(Table):
                 f'{self.aggregation.name!r} trains its factors in turn. Use moments = "reset" with it.'
             )
         self._check_codecs()
-        for plugin in (self.data.template, self.partition, self.objective, self.aggregation, self.server_optimizer):
-            plugin.check(self)
+        for plugin in (
+            self.data.template,
+            self.partition,
+            self.objective,
+            self.attack,
+            self.aggregation,
+            self.server_optimizer,
+        ):
+            if plugin is not None:
+                plugin.check(self)
 
     def _check_codecs(self) -> None:
         rule = self.aggregation
@@ -100,6 +109,11 @@ class RunConfig(Table):
             raise ConfigError(
                 f"[upload] error_feedback adds an earlier round's error, but [aggregation] name = {rule.name!r} "
                 "changes the factors' basis in every round. Leave it out."
+            )
+        if rule.sparse and (self.upload.mask, self.download.mask) != ("dense", "dense"):
+            raise ConfigError(
+                f"[aggregation] name = {rule.name!r} sends the few numbers that moved. Leave [upload] and [download] "
+                "mask out."
             )
         if rule.ranks_kept < 1 and self.upload.mask != "dense":
             raise ConfigError(

@@ -238,7 +238,7 @@ class CodecConfig(Table):
     """How messages are compressed, in one direction: a mask, a quantizer, and what is made up for later."""
 
     mask: Literal["dense", "top-k", "seeded", "round-robin"] = "dense"
-    """The numbers that travel: all; the largest; as many drawn in each round; or one contiguous segment after another.
+    """The numbers that travel: all; the largest; as many drawn in each round; or equal segments, each once in a pass.
     top-k sends their positions too, the last two are the same for all clients and follow from the round."""
     density: float = Field(default=1.0, gt=0, le=1)
     """The share of the numbers that travel, with another mask than dense."""
@@ -252,6 +252,10 @@ class CodecConfig(Table):
     def _mask_fits(self) -> Self:
         if (self.mask == "dense") != (self.density == 1):
             raise ValueError("a density below 1 needs another mask than dense, and the other way round")
+        if self.mask == "round-robin" and abs(round(1 / self.density) * self.density - 1) > 0.01:
+            raise ValueError(
+                f"segments are of equal size: round-robin needs a density of 1/2, 1/3, ..., not {self.density}"
+            )
         return self
 
     @property

@@ -71,7 +71,10 @@ def _example(row: Row, names: Mapping[str, tuple[str, ...]]) -> Example:
         category=_label(row, "category", found["category"]) or "uncategorised",
         system=system,
         client=_label(row, "client", client) or row.client,
-        rejected=_text(row, "rejected response", found["rejected"], required=True) if found["rejected"] else None,
+        # Other things go by this name, too, and only preferences need it: what is no text is none.
+        rejected=_text(row, "rejected response", found["rejected"]).strip() and found["rejected"]
+        if isinstance(found["rejected"], str)
+        else None,
         checks=_checks(row, found["checks"]),
         source=row.source,
     )

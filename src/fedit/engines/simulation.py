@@ -94,17 +94,18 @@ class Simulation:
         examples, objective = self._clients[task.client], self._config.objective
         kept = self._store.read(task.client, task.round_index)
         num_steps = self._config.client.num_steps(len(examples))
+        start = _with_private(task.adapter, kept)
         shared = TuningTask(
             name=task.client,
             examples=examples,
-            adapter=_with_private(task.adapter, kept),
+            adapter=start,
             first_step=task.round_index * num_steps,
             first_batch=task.num_earlier * num_steps,
             num_steps=num_steps,
             total_steps=self._config.rounds * num_steps,
             seed=derive_seed(self._config.seed, "client", task.client),
             moments=Moments(kept["first"], kept["second"], int(kept["num_steps"])) if "first" in kept else None,
-            anchor=task.adapter.tensors if objective.pull else None,
+            anchor=start.tensors if objective.pull else None,
             pull=objective.pull,
             correction=_minus(task.control, _named(kept, CONTROL)) if objective.control_variates else None,
         )
@@ -177,4 +178,5 @@ def _named(kept: Mapping[str, Tensor], prefix: str) -> dict[str, Tensor]:
 
 
 def _with_private(adapter: Adapter, kept: Mapping[str, Tensor]) -> Adapter:
-    return adapter.with_tensors({**adapter.tensors, **_named(kept, PRIVATE)})
+    private = _named(kept, PRIVATE)
+    return adapter.with_tensors({**adapter.tensors, **private}) if private else adapter
