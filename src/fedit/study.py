@@ -13,7 +13,7 @@ run with every seed:
     [axes.split]
     shards = {}
     dirichlet = { "partition.name" = "dirichlet", "partition.alpha" = 0.1 }
-    [baselines]               # the runs that train local-only and centralised models, for all that differ in these axes
+    [reference]               # the runs that the others are compared with, which alone train the baselines
     rule = "fedit"
 
 Every run is an ordinary `fedit run` in a process of its own, so that one that fails takes no other with it.
@@ -55,9 +55,9 @@ class StudyConfig(Table):
     """Keys of the recipe that all runs change."""
     axes: dict[str, dict[str, Overrides]] = Field(min_length=1)
     """By axis and choice, the keys of the recipe that the choice changes."""
-    baselines: dict[str, str] = Field(default_factory=dict)
-    """The choices whose runs train the baselines; the others are compared with those of the same seed and the same
-    choices on all other axes. Empty: every run trains its own."""
+    reference: dict[str, str] = Field(default_factory=dict)
+    """The choices whose runs train the baselines; each of the others is compared with the one of the same seed and the
+    same choices on all other axes. Empty: every run trains its own."""
 
     @field_validator("seeds")
     @classmethod
@@ -113,18 +113,18 @@ def load_study(file: str) -> StudyConfig:
         raise ConfigError(f"Study {path} is not valid TOML: {error}.") from error
     except ValidationError as error:
         raise ConfigError(explain(error, StudyConfig)) from error
-    for axis, choice in study.baselines.items():
+    for axis, choice in study.reference.items():
         if axis not in study.axes:
-            raise ConfigError(f"[baselines]: no axis is named {axis!r}. {did_you_mean(axis, study.axes)}")
+            raise ConfigError(f"[reference]: no axis is named {axis!r}. {did_you_mean(axis, study.axes)}")
         if choice not in study.axes[axis]:
             raise ConfigError(
-                f"[baselines] {axis}: no choice is named {choice!r}. {did_you_mean(choice, study.axes[axis])}"
+                f"[reference] {axis}: no choice is named {choice!r}. {did_you_mean(choice, study.axes[axis])}"
             )
     return study
 
 
 def plan(study: StudyConfig, folder: Path, overrides: Sequence[str], plugin_files: Sequence[Path]) -> list[StudyRun]:
-    """Return all runs, those that train baselines first, each checked as `fedit run` checks it.
+    """Return all runs, those that others are compared with first, each checked as `fedit run` checks it.
 
     What ``study.json`` in `folder` says of a run of this configuration counts as its result.
 
@@ -139,7 +139,7 @@ def plan(study: StudyConfig, folder: Path, overrides: Sequence[str], plugin_file
         for axis, choice in choices.items():
             keys |= study.axes[axis][choice]
         given = [*(f"{key}={_toml(value)}" for key, value in keys.items()), *overrides]
-        if not _trains_baselines(study, choices):
+        if not _is_reference(study, choices):
             given.append("evaluation.baselines=false")
         place = folder.joinpath("runs", *map(folder_name, choices.values()), str(seed))
         try:
@@ -159,7 +159,7 @@ def plan(study: StudyConfig, folder: Path, overrides: Sequence[str], plugin_file
                 "Choose another --out for the changed study, or delete that result to run it again."
             )
         runs.append(StudyRun(choices, seed, given, config, place, found))
-    return sorted(runs, key=lambda run: not run.config.evaluation.baselines)
+    return sorted(runs, key=lambda run: not _is_reference(study, run.choices))
 
 
 def _known(path: Path) -> list[dict[str, Any]]:
@@ -213,8 +213,8 @@ def run_study(
     return num_failed
 
 
-def _trains_baselines(study: StudyConfig, choices: Mapping[str, str]) -> bool:
-    return all(choices[axis] == choice for axis, choice in study.baselines.items())
+def _is_reference(study: StudyConfig, choices: Mapping[str, str]) -> bool:
+    return all(choices[axis] == choice for axis, choice in study.reference.items())
 
 
 def _toml(value: Any) -> str:
@@ -230,6 +230,7 @@ def _toml(value: Any) -> str:
 
 MEASURES = {
     "response_loss": ("Response loss", 3),
+    "difference": ("Difference", 4),
     "worst_client": ("Worst client", 3),
     "exact_match": ("Exact match", 3),
     "gap_closed": ("Gap closed", 2),
@@ -240,16 +241,19 @@ MEASURES = {
     "aggregation_s": ("Server, s", 3),
     "aggregation_loss": ("Aggregation loss", 4),
 }
-"""By name, the heading and the digits (None: bytes). Bytes are per client and round, both ways as messages; the
+"""By name, the heading and the digits (None: bytes). The difference is that of the response loss to the reference run,
+seed by seed, so that what seeds have in common cancels. Bytes are per client and round, both ways as messages; the
 server's seconds are the median round's, for the aggregation; the aggregation loss is the mean over rounds."""
 
 
 def measure(study: StudyConfig, runs: Sequence[StudyRun]) -> list[dict[str, Any]]:
     """Return the measures of every run that is finished: its choices, its seed and what of `MEASURES` it has."""
     measured = [known for run in runs if (known := _measured(run)) is not None]
-    references = {_reference_key(study, known): known for known in measured if "local" in known}
+    references = {_reference_key(study, run): run for run in measured if _is_reference(study, run["choices"])}
     for run in measured:
         reference = references.get(_reference_key(study, run), {})
+        if study.reference and reference is not run and {"response_loss"} <= reference.keys() & run.keys():
+            run["difference"] = run["response_loss"] - reference["response_loss"]
         for name in ("base", "local", "central"):
             if name in reference:
                 run[name] = reference[name]
@@ -267,7 +271,7 @@ def _measured(run: StudyRun) -> dict[str, Any] | None:
 
 
 def _reference_key(study: StudyConfig, run: Mapping[str, Any]) -> tuple[Any, ...]:
-    return run["seed"], *(choice for axis, choice in run["choices"].items() if axis not in study.baselines)
+    return run["seed"], *(choice for axis, choice in run["choices"].items() if axis not in study.reference)
 
 
 def _of_run(run: RunFolder) -> dict[str, float]:

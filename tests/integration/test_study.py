@@ -22,7 +22,7 @@ shards = {{ "partition.name" = "category_shards", "partition.num_clients" = 3, "
 [axes.rule]
 fedit = {{ "aggregation.name" = "fedit" }}
 ffa-lora = {{ "aggregation.name" = "ffa-lora" }}
-[baselines]
+[reference]
 rule = "fedit"
 """
 
@@ -87,6 +87,10 @@ def by_label(runs: list[dict[str, Any]]) -> dict[str, dict[str, Any]]:
 def check_measures(run: dict[str, Any], runs: list[dict[str, Any]], folder: Path) -> None:
     alike = {**run["choices"], "rule": "fedit"}
     reference = next(other for other in runs if other["choices"] == alike and other["seed"] == run["seed"])
+    if reference is run:
+        assert "difference" not in run
+    else:
+        assert run["difference"] == run["response_loss"] - reference["response_loss"]
     gap = reference["local"] - reference["central"]
     assert ("gap_closed" in run) == (gap > 0)
     if gap > 0:
