@@ -267,7 +267,7 @@ def bench(
 
 @app.command(name="plugins")
 def list_plugins(*, plugin: PluginFiles = None, as_json: AsJson = False) -> None:
-    """List what can be named in a recipe: templates, partitions, aggregations, server optimizers."""
+    """List what can be named in a recipe: templates, partitions, objectives, attacks, aggregations, optimizers."""
     load_plugins(plugin or ())
     listed: list[dict[str, Any]] = []
     for kind in plugin_kinds():

@@ -120,6 +120,7 @@ class DPO(Objective):
     rows of a batch; log p sums over the response tokens, and p_0 is the frozen base, which is at hand anyway. Two
     passes through the base: the first without gradients says how much each response counts.
 
+    >>> import torch
     >>> float(DPO(beta=0.1).preference_loss(torch.tensor(0.0)))  # the log of 2
     0.6931471824645996
     """

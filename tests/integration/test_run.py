@@ -446,7 +446,8 @@ def test_partition_into_a_folder_that_is_not_there(fedit, recipe, tmp_path) -> N
 
 def test_plugins_are_listed(fedit) -> None:
     listed = json.loads(fedit("plugins", "--json").stdout)
-    assert {item["kind"] for item in listed} == {"template", "partition", "aggregation", "server_optimizer"}
+    kinds = {"template", "partition", "objective", "attack", "aggregation", "server_optimizer"}
+    assert {item["kind"] for item in listed} == kinds
     assert {item["name"] for item in listed if item["kind"] == "aggregation"} == set(plugins("aggregation"))
     assert all(item["description"] for item in listed)
     table = fedit("plugins")
