@@ -131,7 +131,9 @@ class Simulation:
     ) -> ClientUpdate:
         """Return what the client sends, and write down what it needs in its next round and nobody else may see."""
         config, client, received = self._config, result.task.name, result.task.adapter
-        earlier = self._store.read(client, round_index)
+        codec = upload_codec(config)
+        remembers = config.objective.control_variates or not codec.is_plain
+        earlier = self._store.read(client, round_index) if remembers else {}
         if config.client.moments == "keep":
             moments = result.moments
             kept |= {"first": moments.first, "second": moments.second, "num_steps": torch.tensor(moments.num_steps)}
@@ -145,7 +147,7 @@ class Simulation:
         if client in self._malicious and config.attack is not None:
             rng = derive_rng(config.seed, "attack", round_index, client)
             update = dict(config.attack.tamper(received.tensors, update, rng))
-        num_bytes, codec = None, upload_codec(config)
+        num_bytes = None
         if not codec.is_plain:
             errors = _named(earlier, ERROR)
             sent = codec.send(update, errors, round_index, client, received.tensors)
