@@ -197,3 +197,8 @@ def test_what_cannot_be_is_refused(tables: dict[str, object], reason: str) -> No
 def test_a_share_of_nobody_is_refused() -> None:
     with pytest.raises(ConfigError, match="is nobody"):
         SignFlip(clients=0.2).malicious(["a", "b"], 0)
+
+
+@pytest.mark.parametrize("partition", ["natural", {"name": "iid", "num_clients": 9}])
+def test_enough_buckets_or_an_unknown_number_of_them(partition: object) -> None:
+    parse_config({"partition": partition, "aggregation": {"name": "rfa", "bucket_size": 3}})
