@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import importlib.util
+import json
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -123,6 +124,14 @@ def weights_digest(base: PreTrainedModel) -> str:
         digest.update(f"{name} {weight.dtype} {tuple(weight.shape)}\n".encode())
         digest.update(weight.detach().cpu().contiguous().view(-1).view(torch.uint8).numpy())
     return digest.hexdigest()
+
+
+def tokenizer_digest(tokenizer: PreTrainedTokenizerBase) -> str:
+    """Return the SHA-256 of all that decides which ids a text becomes: the fast tokenizer whole, or the vocabulary."""
+    backend = getattr(tokenizer, "backend_tokenizer", None)
+    whole = json.dumps(tokenizer.get_vocab(), sort_keys=True) if backend is None else backend.to_str()
+    special = json.dumps(tokenizer.special_tokens_map, sort_keys=True, default=str)
+    return hashlib.sha256(f"{whole}\n{special}\n{tokenizer.chat_template}".encode()).hexdigest()
 
 
 def _not_loaded(path: str, what: str, error: Exception) -> str:

@@ -2,9 +2,7 @@
 
 from __future__ import annotations
 
-import json
 import logging
-import os
 import shlex
 import sys
 from collections.abc import Sequence
@@ -17,25 +15,30 @@ from rich.console import Console
 from rich.table import Table
 from rich.text import Text
 
-from fedit.config import DType, RunConfig, load_config, load_plugins, parse_config
+from fedit.cli_federation import federation_app, site_app
+from fedit.config import DType, RunConfig, load_plugins, parse_config
+from fedit.console import (
+    AsJson,
+    Overrides,
+    PluginFiles,
+    Seed,
+    console,
+    described_run,
+    load,
+    new_folder,
+    print_json,
+    quiet,
+    resumed,
+    say,
+)
 from fedit.interfaces import ConfigError, DataError, EngineError, FeditError, plugin_kinds, plugins
 
 if TYPE_CHECKING:
     from fedit.prepare import FederatedData
 
 app = App(name="fedit", help="Federated instruction tuning: tune one LLM on everybody's instructions.")
-console = Console(stderr=True)
-"""What people read goes to stderr; stdout carries results alone."""
-
-Overrides = Annotated[
-    list[str] | None,
-    Parameter(name=["--override", "-o"], negative="", help="Set a key of the recipe: -o client.learning_rate=1e-3"),
-]
-PluginFiles = Annotated[
-    list[Path] | None, Parameter(name="--plugin", negative="", help="A Python file that defines plug-ins")
-]
-Seed = Annotated[int | None, Parameter(help="The run's seed, instead of the recipe's")]
-AsJson = Annotated[bool, Parameter(name="--json", negative="", help="Print the result on stdout as JSON")]
+app.command(federation_app)
+app.command(site_app)
 
 
 @app.command
@@ -55,13 +58,13 @@ def run(
     RECIPE is a TOML file or the name of a shipped recipe; without one it is "default".
     """
     if resume is not None:
-        config, recipe, plugin = _resumed(resume, recipe, override, plugin, out, seed)
+        config, recipe, plugin = resumed(resume, recipe, override, plugin, out, seed)
         folder = resume
     else:
         recipe = recipe or "default"
-        config = _load(recipe, override, plugin, seed)
-        folder = out or _new_folder(Path(recipe).stem)
-    _quiet()
+        config = load(recipe, override, plugin, seed)
+        folder = out or new_folder(Path(recipe).stem)
+    quiet()
     from fedit.experiment import check_folder, run_experiment
     from fedit.live import LiveView
     from fedit.report.terminal import final_table
@@ -72,16 +75,16 @@ def run(
         with LiveView(console) as view:
             result = run_experiment(config, folder, data, view, recipe=recipe, plugin_files=plugin or ())
     except KeyboardInterrupt:
-        _say(f"\nInterrupted. {_how_to_go_on(folder)}")
+        say(f"\nInterrupted. {_how_to_go_on(folder)}")
         sys.exit(130)
     except (FeditError, OSError) as error:
         if not isinstance(error, ConfigError | DataError):  # those would only come again
             error.add_note(_how_to_go_on(folder))
         raise
     console.print(final_table(result.evaluation))
-    _say(f"Report:  {folder / 'report.html'}\nAdapter: {folder / 'adapter'}")
+    say(f"Report:  {folder / 'report.html'}\nAdapter: {folder / 'adapter'}")
     if as_json:
-        _print_json({"folder": str(folder), **result.evaluation})
+        print_json({"folder": str(folder), **result.evaluation})
 
 
 @app.command
@@ -95,8 +98,8 @@ def check(
     as_json: AsJson = False,
 ) -> None:
     """Check a recipe against its data and model without training anything."""
-    config = _load(recipe, override, plugin, seed)
-    _quiet()
+    config = load(recipe, override, plugin, seed)
+    quiet()
     from fedit.base import find_targets, load_base, resolve_device
 
     data = _prepare(config)
@@ -105,7 +108,7 @@ def check(
     parameters = sum(parameter.numel() for parameter in base.parameters())
     console.print(f"Base: {parameters:,} parameters, {len(targets)} adapted layers. Ready to run.", highlight=False)
     if as_json:
-        _print_json(data.summary)
+        print_json(data.summary)
 
 
 @app.command
@@ -120,17 +123,17 @@ def partition(
     as_json: AsJson = False,
 ) -> None:
     """Show who holds what: clients by categories."""
-    config = _load(recipe, override, plugin, seed)
-    _quiet()
+    config = load(recipe, override, plugin, seed)
+    quiet()
     data = _prepare(config)
     if out is not None:
         from fedit.report.plots import partition_figure
         from fedit.report.svg import standalone_svg
 
         out.write_text(standalone_svg(str(partition_figure(data.summary))), encoding="utf-8")
-        _say(f"Picture: {out}")
+        say(f"Picture: {out}")
     if as_json:
-        _print_json(data.summary)
+        print_json(data.summary)
 
 
 @app.command
@@ -156,15 +159,15 @@ def study(
     folder = out or Path("studies") / Path(file).stem
     runs = plan(grid, folder, override or [], plugin or [])
     try:
-        num_failed = run_study(grid, runs, folder, jobs, plugin or [], _say)
+        num_failed = run_study(grid, runs, folder, jobs, plugin or [], say)
     except KeyboardInterrupt:
-        _say(f"\nInterrupted. The same command goes on. Table so far: {folder / 'study.md'}")
+        say(f"\nInterrupted. The same command goes on. Table so far: {folder / 'study.md'}")
         sys.exit(130)
     measured = measure(grid, runs)
     console.print(study_table(*table(grid, measured)))
-    _say(f"Table: {folder / 'study.md'}")
+    say(f"Table: {folder / 'study.md'}")
     if as_json:
-        _print_json(measured)
+        print_json(measured)
     if num_failed:
         raise EngineError(f"{num_failed} of {len(runs)} runs failed; the same command tries them again.")
 
@@ -174,7 +177,7 @@ def report(folder: Path, /) -> None:
     """Write report.html of a run folder again; works on unfinished runs too."""
     from fedit.report import write_report
 
-    _say(f"Report: {write_report(folder)}")
+    say(f"Report: {write_report(folder)}")
 
 
 Client = Annotated[str | None, Parameter(help="Whose model, where the aggregation leaves each client its own")]
@@ -190,12 +193,12 @@ def export(
 ) -> None:
     """Merge a run's adapter into its base (the adapter alone is in FOLDER/adapter already)."""
     config = _run_config(folder)
-    _quiet()
+    quiet()
     from fedit.export import save_merged
     from fedit.report import RunFolder
 
     save_merged(RunFolder.read(folder).adapter_folder(client), merged, config.model.path)
-    _say(f"Merged model: {merged}")
+    say(f"Merged model: {merged}")
 
 
 @app.command
@@ -209,7 +212,7 @@ def chat(
 ) -> None:
     """Talk to a run's federated model on the terminal. /new starts over, /quit (or Ctrl-D) ends."""
     config = _run_config(folder)
-    _quiet()
+    quiet()
     from fedit.chat import Conversation
     from fedit.report import RunFolder
 
@@ -227,7 +230,7 @@ def chat(
             try:
                 print(conversation.answer(line), flush=True)
             except DataError as error:
-                _say(str(error))
+                say(str(error))
 
 
 @app.command
@@ -251,13 +254,13 @@ def bench(
     as_json: AsJson = False,
 ) -> None:
     """Measure how fast clients are tuned here: MODEL is a folder or Hub name."""
-    _quiet()
+    quiet()
     from fedit.bench import Workload, describe, measure
 
     workload = Workload(clients, rows, length, max_length, batch_size, rank)
     measured = measure(model, shape, workload, "auto" if slots is None else slots, dtype, device, repetitions)
     if as_json:
-        _print_json(asdict(measured))
+        print_json(asdict(measured))
         return
     table = Table(box=None, show_header=False)
     for line in describe(measured):
@@ -279,7 +282,7 @@ def list_plugins(*, plugin: PluginFiles = None, as_json: AsJson = False) -> None
             what = (member.__doc__ or "").strip().partition("\n")[0]
             listed.append({"kind": kind, "name": name, "parameters": fields, "description": what})
     if as_json:
-        _print_json(listed)
+        print_json(listed)
         return
     table = Table(box=None)
     for header in ("Table", "Name", "Parameters", "What it does"):
@@ -301,47 +304,17 @@ def main(arguments: Sequence[str] | None = None) -> None:
     except (FeditError, OSError) as error:
         console.print(f"[bold red]error:[/bold red] {type(error).__name__}", highlight=False)
         for line in (error, *getattr(error, "__notes__", ())):
-            _say(str(line))
+            say(str(line))
         sys.exit(1)
 
 
 # --------------------------------------------------------------------------------------------------------- helpers
 
 
-def _load(recipe: str, override: list[str] | None, plugin: list[Path] | None, seed: int | None) -> RunConfig:
-    overrides = [*(override or []), *([] if seed is None else [f"seed={seed}"])]
-    return load_config(recipe, overrides, plugin or ())
-
-
-def _resumed(
-    folder: Path,
-    recipe: str | None,
-    override: list[str] | None,
-    plugin: list[Path] | None,
-    out: Path | None,
-    seed: int | None,
-) -> tuple[RunConfig, str, list[Path] | None]:
-    """Return what `folder` was started with; nothing but the rest of the run may be asked for."""
-    if recipe is not None or override or out is not None or seed is not None:
-        raise ConfigError(
-            "--resume goes on with the run as it was configured: leave out the recipe, -o, --out and --seed."
-        )
-    described = _described(folder)
-    plugin = plugin or [Path(file) for file in described.get("plugin_files", [])]
-    load_plugins(plugin)
-    return parse_config(described["config"]), described["recipe"], plugin
-
-
 def _run_config(folder: Path) -> RunConfig:
-    described = _described(folder)
+    described = described_run(folder)
     load_plugins([Path(file) for file in described.get("plugin_files", [])])
     return parse_config(described["config"])
-
-
-def _described(folder: Path) -> dict[str, Any]:
-    from fedit.report import RunFolder
-
-    return dict(RunFolder.read(folder).config)
 
 
 def _prepare(config: RunConfig) -> FederatedData:
@@ -354,37 +327,10 @@ def _prepare(config: RunConfig) -> FederatedData:
     return data
 
 
-def _new_folder(name: str) -> Path:
-    """Return runs/<name>, or the first of runs/<name>-2, -3, ... that does not exist."""
-    folder, number = Path("runs") / name, 2
-    while folder.exists():
-        folder, number = Path("runs") / f"{name}-{number}", number + 1
-    return folder
-
-
 def _how_to_go_on(folder: Path) -> str:
     if not (folder / "config.json").is_file():
         return "Nothing was saved yet."
     return f"What was finished is saved; go on with:\n  fedit run --resume {shlex.quote(str(folder))}"
-
-
-def _say(text: str) -> None:
-    """Print text as it is: no markup is read in it, and no line of it is broken, so that commands can be copied."""
-    console.print(text, markup=False, highlight=False, soft_wrap=True)
-
-
-def _quiet() -> None:
-    """Keep transformers' own progress bars and advice out of ours."""
-    os.environ.setdefault("TOKENIZERS_PARALLELISM", "true")
-    from transformers.utils import logging as transformers_logging
-
-    logging.getLogger("huggingface_hub").propagate = False  # it has a handler of its own
-    transformers_logging.disable_progress_bar()
-    transformers_logging.set_verbosity_error()
-
-
-def _print_json(value: Any) -> None:
-    print(json.dumps(value, indent=2, ensure_ascii=False, default=str))
 
 
 if __name__ == "__main__":

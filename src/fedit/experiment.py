@@ -23,20 +23,18 @@ from typing import Any
 
 import torch
 
-from fedit.base import load_base, load_tokenizer, resolve_device, weights_digest
 from fedit.baselines import Trained, central_task, local_tasks, saved_tokens, train_baseline
 from fedit.cohort import mean_share
 from fedit.config import RunConfig, parse_config
 from fedit.engines.client_store import ClientStore
 from fedit.engines.simulation import Simulation
-from fedit.evaluation.heldout import mean_loss, predict, preference_accuracy, with_reference_margins
+from fedit.evaluation.heldout import mean_loss, predict, preference_accuracy
 from fedit.evaluation.metrics import FEDERATED_PREFIX, LOCAL_PREFIX, PERSONAL_PREFIX, Prediction, summarise
 from fedit.export import save_adapter
 from fedit.files import append_line, folder_name, keep_lines, write_atomically, write_json
-from fedit.interfaces import FACTORS, Adapter, ConfigError, DataError, EncodedExample, EngineError, derive_rng
-from fedit.memory import fit_memory
+from fedit.interfaces import FACTORS, Adapter, ConfigError, DataError, EncodedExample, EngineError
 from fedit.model import StackedModel
-from fedit.prepare import FederatedData
+from fedit.prepare import FederatedData, prepare_model
 from fedit.report import RunFolder, write_report
 from fedit.server import RoundRecord, ServerState, load_state, save_state, train
 from fedit.tuning import TuningTask
@@ -46,11 +44,11 @@ from fedit.tuning import TuningTask
 
 @dataclass(frozen=True, slots=True)
 class PhaseStarted:
-    """A phase began: ``federated``, ``local``, ``central`` or ``evaluation``."""
+    """A phase began: ``federated``, ``local``, ``central`` or ``evaluation``; ``sites`` in a real federation."""
 
     phase: str
     total: int
-    """Work units of the phase: training tokens (estimated), or models in the evaluation."""
+    """Work units of the phase: training tokens (estimated), models in the evaluation, rounds of sites."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -121,20 +119,10 @@ def run_experiment(
     Raises:
         RoundError: a round could not be completed. Whatever is raised, calling again goes on from what was saved.
     """
-    device = resolve_device(config.engine.device)
-    base = load_base(config.model, device)
-    digest = weights_digest(base)
-    model = StackedModel(base, load_tokenizer(config.model.path), config.adapter)
-    objective = config.objective
-    more = bool(objective.pull or objective.personal_pull) + objective.control_variates
-    fit_memory(model, config.engine, config.client, list(data.clients.values()), more)
-    _start_folder(folder, data, describe_run(config, model, digest, recipe, plugin_files))
-    if config.objective.preferences:
-        clients = {client: with_reference_margins(model, rows) for client, rows in data.clients.items()}
-        data = replace(data, clients=clients, test=with_reference_margins(model, data.test))
-    fresh = model.fresh_adapter(derive_rng(config.seed, "adapter"))
-    initial = config.aggregation.initial(fresh, model.weight, derive_rng(config.seed, "initial"))
-    run = _Run(config, folder, data, model, initial, notify)
+    prepared = prepare_model(config, list(data.clients.values()))
+    model = prepared.model
+    _start_folder(folder, data, describe_run(config, model, prepared.weights_sha256, recipe, plugin_files))
+    run = _Run(config, folder, prepared.with_margins(config, data), model, prepared.initial, notify)
 
     federated, personal = _federated(run)
     keeps_factors = _keeps_factors(config)
@@ -167,7 +155,7 @@ def _federated(run: _Run) -> tuple[Adapter, dict[str, Adapter]]:
     state = load_state(checkpoints) or ServerState(0, run.initial)
     keep_lines(rounds, state.round_index)
     keep_lines(run.folder / "timings.jsonl")
-    watch = _Watch()
+    watch = Watch()
 
     def finish_round(state: ServerState, record: RoundRecord) -> None:
         timing = watch.lap(run.tokens_done())
@@ -208,7 +196,7 @@ def _baseline(run: _Run, phase: str, tasks: Sequence[TuningTask], num_tokens: in
     """Train both factors of an adapter, or what the clients train where that is something else (cores, ...)."""
     file_stem = run.folder / "baselines" / phase
     run.notify(PhaseStarted(phase, max(0, num_tokens - saved_tokens(file_stem))))
-    watch = _Watch()
+    watch = Watch()
 
     def saved(tokens: int) -> None:
         run.append_timing({"phase": phase, **watch.lap(tokens), "tokens": tokens})
@@ -222,7 +210,7 @@ def _evaluate(run: _Run, trained: Trained) -> None:
     """Run the base and every trained model on the held-out rows; write answers.jsonl, then evaluation.json."""
     models: dict[str, Adapter | None] = {"base": None, **trained.adapters}
     run.notify(PhaseStarted("evaluation", len(models)))
-    watch = _Watch()
+    watch = Watch()
     predictions: dict[str, list[Prediction]] = {name: [] for name in models}
     max_new_tokens = run.config.evaluation.max_new_tokens
     for prediction in predict(run.model, models, run.data.test, max_new_tokens, run.step_done):
@@ -314,6 +302,20 @@ def _start_folder(folder: Path, data: FederatedData, described: Mapping[str, Any
         write_json(folder / "config.json", described)
         write_json(partition, data.summary)
         return
+    check_base(folder, described)
+    if json.loads(partition.read_text(encoding="utf-8"))["fingerprint"] != data.summary["fingerprint"]:
+        raise DataError(
+            f"{folder} was started on other rows: what [data] path = {described['config']['data']['path']!r} gives now "
+            "differs. Restore the data, or start a new run."
+        )
+
+
+def check_base(folder: Path, described: Mapping[str, Any]) -> None:
+    """Refuse to go on with the run in `folder` on a base of other weights or precision than it was started on.
+
+    Raises:
+        EngineError: what `described`, the content of config.json, says of the base is not what the file says.
+    """
     started = json.loads((folder / "config.json").read_text(encoding="utf-8"))
     for what, table, key in (("precision", "hardware", "dtype"), ("weights", "model", "weights_sha256")):
         if started[table].get(key) != described[table][key]:
@@ -322,11 +324,6 @@ def _start_folder(folder: Path, data: FederatedData, described: Mapping[str, Any
                 f"{described['config']['model']['path']!r} has {key} {described[table][key]} now and had "
                 f"{started[table].get(key)}. Restore the base (or the kind of machine), or start a new run."
             )
-    if json.loads(partition.read_text(encoding="utf-8"))["fingerprint"] != data.summary["fingerprint"]:
-        raise DataError(
-            f"{folder} was started on other rows: what [data] path = {described['config']['data']['path']!r} gives now "
-            "differs. Restore the data, or start a new run."
-        )
 
 
 def _round_tokens(config: RunConfig, examples: Sequence[EncodedExample]) -> float:
@@ -335,7 +332,7 @@ def _round_tokens(config: RunConfig, examples: Sequence[EncodedExample]) -> floa
     return passes * sum(example.num_trained for example in examples)
 
 
-class _Watch:
+class Watch:
     """Wall and CPU seconds since the last lap, and the process's peak memory."""
 
     def __init__(self) -> None:

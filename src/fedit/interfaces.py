@@ -182,8 +182,8 @@ class ClientUpdate:
     """Optimizer steps taken in this round."""
     control_step: Mapping[str, Tensor] = field(default_factory=dict)
     """What the client's control variate changed by; empty: it has none."""
-    num_bytes: int | None = None
-    """Length of the compressed message that the update came in; None: it came as float32 tensors."""
+    message: bytes | None = None
+    """The compressed message that the update came in; None: it came as float32 tensors."""
 
 
 @dataclass(frozen=True, slots=True)

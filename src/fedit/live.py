@@ -18,10 +18,13 @@ from fedit.report.format import size
 SHOWN_ROUNDS = 8
 TITLES = {
     "federated": "Federated tuning",
+    "sites": "Rounds across the sites",
     "local": "Local-only tuning",
     "central": "Centralised tuning",
     "evaluation": "Evaluation",
 }
+UNITS = {"evaluation": "models", "sites": "rounds"}
+"""What a phase counts; the others count tokens."""
 
 
 class LiveView:
@@ -71,7 +74,7 @@ class LiveView:
         self._phase = (event.phase, time.perf_counter(), 0)
         self._progress.add_task(title, total=event.total, rate="")
         if not self._console.is_terminal:
-            unit = "models" if event.phase == "evaluation" else "tokens"
+            unit = UNITS.get(event.phase, "tokens")
             self._console.print(f"{title}: {event.total:,} {unit}", highlight=False, soft_wrap=True)
 
     def _advance(self, amount: int) -> None:
@@ -79,7 +82,7 @@ class LiveView:
         name, started, done = self._phase
         self._phase = (name, started, done + amount)
         rate = (done + amount) / max(1e-9, time.perf_counter() - started)
-        shown = f"{done + amount} models" if name == "evaluation" else f"{rate:,.0f} tokens/s"
+        shown = f"{done + amount} {UNITS[name]}" if name in UNITS else f"{rate:,.0f} tokens/s"
         self._progress.update(self._progress.tasks[-1].id, advance=amount, rate=shown)
 
     def _render(self) -> Group:

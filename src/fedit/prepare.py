@@ -1,19 +1,22 @@
-"""From the configured rows to the clients of a federation and its held-out rows, encoded."""
+"""From the configured rows to the clients of a federation and its held-out rows, encoded; the base ready to tune."""
 
 from __future__ import annotations
 
 import hashlib
 import json
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from typing import TYPE_CHECKING, Any
 
-from fedit.base import context_length, load_tokenizer
+from fedit.base import context_length, load_base, load_tokenizer, resolve_device, tokenizer_digest, weights_digest
 from fedit.cohort import check_clients, never_sampled
 from fedit.config import RunConfig
 from fedit.data import EncodingReport, encode_all, load_examples
 from fedit.evaluation.checks import passes
-from fedit.interfaces import ConfigError, DataError, EncodedExample, Example, derive_rng
+from fedit.evaluation.heldout import with_reference_margins
+from fedit.interfaces import Adapter, ConfigError, DataError, EncodedExample, Example, derive_rng
+from fedit.memory import fit_memory
+from fedit.model import StackedModel
 from fedit.partition import partition_statistics
 
 if TYPE_CHECKING:
@@ -43,18 +46,9 @@ def prepare_data(config: RunConfig) -> FederatedData:
         DataError, EngineError: the data, the model or the tokenizer cannot be used.
         ConfigError: the configuration asks for more than the data or the model have.
     """
-    context = context_length(config.model.path)
-    if context is not None and config.data.max_length > context:
-        raise ConfigError(
-            f"[data] max_length = {config.data.max_length} is more than the {context} positions of [model] path = "
-            f"{config.model.path!r}. Lower it: -o data.max_length={context}."
-        )
-    tokenizer = load_tokenizer(config.model.path)
-    train_examples, test_examples = load_examples(config.data, config.seed)
+    train_examples, rows, train_report, test, test_report = _encoded(config)
     pairs = config.objective.preferences
-    rows, train_report = encode_all(train_examples, config.data, tokenizer, pairs=pairs)
-    test, test_report = encode_all(test_examples, config.data, tokenizer, pairs=pairs)
-    _try_checks(test)
+    tokenizer = load_tokenizer(config.model.path)
     named, left = ({example.client for example in examples} for examples in (train_examples, [r.example for r in rows]))
     owners = config.partition.split([row.example for row in rows], derive_rng(config.seed, "partition"))
     clients = {client: [rows[index] for index in indices] for client, indices in owners.items()}
@@ -79,6 +73,39 @@ def prepare_data(config: RunConfig) -> FederatedData:
         summary["malicious"] = malicious
     summary["fingerprint"] = _fingerprint({**clients, "\x1ftest": test})
     return FederatedData(clients, test, summary, _probes(config, test, tokenizer))
+
+
+def prepare_site(config: RunConfig, site: str) -> FederatedData:
+    """Load and encode the rows of a real site. Its clients are those that its rows name, ``site/client``; rows that
+    name none are the client `site`.
+
+    Raises:
+        DataError, EngineError, ConfigError: as `prepare_data`.
+    """
+    _, rows, _, test, _ = _encoded(config)
+    clients: dict[str, list[EncodedExample]] = {}
+    for row in rows:
+        clients.setdefault(site if row.example.client is None else f"{site}/{row.example.client}", []).append(row)
+    return FederatedData(clients, test, {})
+
+
+def _encoded(
+    config: RunConfig,
+) -> tuple[list[Example], list[EncodedExample], EncodingReport, list[EncodedExample], EncodingReport]:
+    """Return the training examples, those of them that can be used, encoded, and the held-out ones, with reports."""
+    context = context_length(config.model.path)
+    if context is not None and config.data.max_length > context:
+        raise ConfigError(
+            f"[data] max_length = {config.data.max_length} is more than the {context} positions of [model] path = "
+            f"{config.model.path!r}. Lower it: -o data.max_length={context}."
+        )
+    tokenizer = load_tokenizer(config.model.path)
+    train_examples, test_examples = load_examples(config.data, config.seed)
+    pairs = config.objective.preferences
+    rows, train_report = encode_all(train_examples, config.data, tokenizer, pairs=pairs)
+    test, test_report = encode_all(test_examples, config.data, tokenizer, pairs=pairs)
+    _try_checks(test)
+    return train_examples, rows, train_report, test, test_report
 
 
 def _poison(config: RunConfig, client: str, examples: Sequence[Example]) -> Sequence[Example] | None:
@@ -121,3 +148,43 @@ def _fingerprint(parts: Mapping[str, Sequence[EncodedExample]]) -> str:
             judged = [example.example.category, example.example.response, example.example.checks]
             digest.update(json.dumps(judged, sort_keys=True, default=str).encode())
     return digest.hexdigest()
+
+
+# --------------------------------------------------------------------------------------------------------- the base
+
+
+@dataclass(frozen=True, eq=False)
+class PreparedModel:
+    """The resident base with its adapters' layers."""
+
+    model: StackedModel
+    initial: Adapter
+    """The untrained adapter that the first round starts from."""
+    weights_sha256: str
+    tokenizer_sha256: str
+
+    def with_margins(self, config: RunConfig, data: FederatedData) -> FederatedData:
+        """Return the same rows; preferences among them know what the base prefers."""
+        if not config.objective.preferences:
+            return data
+        clients = {client: with_reference_margins(self.model, rows) for client, rows in data.clients.items()}
+        return replace(data, clients=clients, test=with_reference_margins(self.model, data.test))
+
+
+def prepare_model(config: RunConfig, clients: Sequence[Sequence[EncodedExample]] = ()) -> PreparedModel:
+    """Load the base; where there are `clients` to tune, fit slots and batches to the memory.
+
+    Raises:
+        EngineError: it cannot be loaded, or the memory does not hold it.
+    """
+    base = load_base(config.model, resolve_device(config.engine.device))
+    digest = weights_digest(base)
+    tokenizer = load_tokenizer(config.model.path)
+    model = StackedModel(base, tokenizer, config.adapter)
+    if clients:
+        objective = config.objective
+        more = bool(objective.pull or objective.personal_pull) + objective.control_variates
+        fit_memory(model, config.engine, config.client, clients, more)
+    fresh = model.fresh_adapter(derive_rng(config.seed, "adapter"))
+    initial = config.aggregation.initial(fresh, model.weight, derive_rng(config.seed, "initial"))
+    return PreparedModel(model, initial, digest, tokenizer_digest(tokenizer))

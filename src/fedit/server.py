@@ -243,7 +243,7 @@ class _Answers:
             if result.control_step:
                 self.control_sum = _moved(self.control_sum, result.control_step, 1.0)
                 self.bytes_up += wire_size(result.control_step)
-            self.bytes_up += wire_size(result.update.tensors) if result.num_bytes is None else result.num_bytes
+            self.bytes_up += wire_size(result.update.tensors) if result.message is None else len(result.message)
             self.waited_s += time.perf_counter() - asked
             yield result
             asked = time.perf_counter()

@@ -291,3 +291,9 @@ class EngineConfig(Table):
     """Compute activations again in the backward pass instead of keeping them; auto: where they do not fit."""
     device: str = "auto"
     """cpu, cuda, cuda:1, ...; auto: cuda where there is one."""
+    deadline_s: float = Field(default=3600.0, gt=0)
+    """Seconds that the sites of a real federation have for a round; who has not answered by then is a failure of it."""
+    absent_s: float = Field(default=120.0, gt=0)
+    """Seconds after which a site that cannot be reached is given up for the round."""
+    join_s: float = Field(default=600.0, gt=0)
+    """Seconds that the sites have to join, from the start of a run, with their models loaded."""

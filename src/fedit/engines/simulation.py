@@ -147,11 +147,11 @@ class Simulation:
         if client in self._malicious and config.attack is not None:
             rng = derive_rng(config.seed, "attack", round_index, client)
             update = dict(config.attack.tamper(received.tensors, update, rng))
-        num_bytes = None
+        message = None
         if not codec.is_plain:
             errors = _named(earlier, ERROR)
             sent = codec.send(update, errors, round_index, client, received.tensors)
-            update, num_bytes = dict(sent.received), len(sent.message)
+            update, message = dict(sent.received), sent.message
             kept |= {ERROR + name: tensor for name, tensor in {**errors, **sent.error}.items()}
         if kept:
             self._store.write(client, round_index, kept)
@@ -163,7 +163,7 @@ class Simulation:
             loss=result.loss,
             num_steps=result.task.num_steps,
             control_step=control_step,
-            num_bytes=num_bytes,
+            message=message,
         )
 
 

@@ -141,6 +141,8 @@ def clients_figure(evaluation: Mapping[str, Any]) -> Markup | None:
 def partition_figure(partition: Mapping[str, Any]) -> Markup | None:
     """Who holds what: bubbles, client by category; for many clients an image of shares under their sizes."""
     clients = partition.get("clients", {})
+    if not any(holding["categories"] for holding in clients.values()):
+        return None  # of real sites, which tell how many rows they have and no more
     if not clients:
         return None
     totals: dict[str, int] = {}

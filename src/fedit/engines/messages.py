@@ -1,0 +1,136 @@
+"""What travels between the server and a site: a JSON header, and all tensors in one packed array of float32.
+
+A message is named by its hash, so that what has arrived is not sent again.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from fedit.codec import Codec
+from fedit.interfaces import Adapter, ClientFailure, ClientTask, ClientUpdate, EngineError, FeditError
+from fedit.wire import side_of, side_tensors
+
+Layout = Sequence[Sequence[Any]]
+"""[name, shape] of each tensor, in the order in which they lie in the array"""
+
+
+@dataclass(frozen=True, eq=False)
+class Packed:
+    """Tensors as one array."""
+
+    layout: list[list[Any]]
+    payload: bytes
+    """float32, little endian"""
+
+    @property
+    def key(self) -> str:
+        return hashlib.sha256(json.dumps(self.layout).encode() + self.payload).hexdigest()
+
+
+def pack(tensors: Mapping[str, Tensor]) -> Packed:
+    """Return tensors as one array, float32."""
+    layout = [[name, list(tensor.shape)] for name, tensor in tensors.items()]
+    return Packed(layout, b"".join(_bytes(tensor) for tensor in tensors.values()))
+
+
+def unpack(layout: Layout, payload: bytes) -> dict[str, Tensor]:
+    """Return the tensors of an array.
+
+    Raises:
+        EngineError: the array is not as long as its layout says.
+    """
+    sizes = [int(np.prod(shape, dtype=np.int64)) for _, shape in layout]
+    if 4 * sum(sizes) != len(payload):
+        raise EngineError(f"a message of {len(payload)} bytes has a layout of {sum(sizes)} float32 numbers")
+    tensors, start = {}, 0
+    for (name, shape), size in zip(layout, sizes, strict=True):
+        numbers = np.frombuffer(payload, "<f4", size, start).copy()
+        tensors[name] = torch.from_numpy(numbers).view(*shape)
+        start += 4 * size
+    return tensors
+
+
+def _bytes(tensor: Tensor) -> bytes:
+    return tensor.detach().cpu().float().contiguous().numpy().astype("<f4", copy=False).tobytes()
+
+
+def digests(tensors: Mapping[str, Tensor]) -> dict[str, str]:
+    """Return a short hash of each tensor's bits."""
+    return {name: hashlib.sha256(_bytes(tensor)).hexdigest()[:16] for name, tensor in tensors.items()}
+
+
+# ------------------------------------------------------------------------------------------------------ to the site
+
+
+def pack_adapter(
+    adapter: Adapter, control: Mapping[str, Tensor], known: Mapping[str, str]
+) -> tuple[Packed, dict[str, Any]]:
+    """Return a received adapter as a message: what a site does not have from the start, by the `known` hashes."""
+    own = digests(adapter.tensors)
+    tensors = {f"adapter/{name}": t for name, t in adapter.tensors.items() if known.get(name) != own[name]}
+    tensors |= {f"side/{name}": tensor for name, tensor in side_tensors(adapter.side).items()}
+    tensors |= {f"control/{name}": tensor for name, tensor in control.items()}
+    packed = pack(tensors)
+    return packed, {"key": packed.key, "layout": packed.layout, "rank": adapter.rank, "alpha": adapter.lora_alpha}
+
+
+def unpack_adapter(about: Mapping[str, Any], payload: bytes, initial: Adapter) -> tuple[Adapter, dict[str, Tensor]]:
+    """Return the adapter and the control variate of a message; what is not in it is as in `initial`."""
+    tensors = unpack(about["layout"], payload)
+    adapter, side, control = (
+        {name.removeprefix(prefix): tensor for name, tensor in tensors.items() if name.startswith(prefix)}
+        for prefix in ("adapter/", "side/", "control/")
+    )
+    start = initial.cut(about["rank"])
+    if unknown := adapter.keys() - start.tensors.keys():
+        raise EngineError(f"the adapter has tensors that this base does not have, e.g. {min(unknown)}")
+    return Adapter({**start.tensors, **adapter}, about["rank"], about["alpha"], side_of(side)), control
+
+
+# ---------------------------------------------------------------------------------------------------- from the site
+
+
+def pack_update(update: ClientUpdate, codec: Codec, round_index: int) -> tuple[dict[str, Any], bytes]:
+    """Return an update as a header and a message: what the codec made of it, then the control variate's step."""
+    message = codec.encode(update.update.tensors, round_index) if update.message is None else update.message
+    control = pack(update.control_step)
+    return {
+        "client": update.client,
+        "rank": update.update.rank,
+        "alpha": update.update.lora_alpha,
+        "num_examples": update.num_examples,
+        "num_tokens": update.num_tokens,
+        "loss": update.loss,
+        "num_steps": update.num_steps,
+        "bytes": len(message),
+        "control": control.layout,
+    }, message + control.payload
+
+
+def unpack_update(
+    about: Mapping[str, Any], blob: bytes, task: ClientTask, shared: Mapping[str, torch.Size], codec: Codec
+) -> ClientUpdate | ClientFailure:
+    """Return the update of a client that was given `task`; whatever is wrong with the message is its failure."""
+    try:
+        message = blob[: about["bytes"]]
+        return ClientUpdate(
+            client=task.client,
+            update=Adapter(codec.decode(message, shared, task.round_index), int(about["rank"]), float(about["alpha"])),
+            num_examples=int(about["num_examples"]),
+            num_tokens=int(about["num_tokens"]),
+            loss=float(about["loss"]),
+            num_steps=int(about["num_steps"]),
+            control_step=unpack(about["control"], blob[about["bytes"] :]),
+            message=None if codec.is_plain else message,
+        )
+    except (KeyError, TypeError, ValueError, OverflowError, FeditError) as error:
+        return ClientFailure(task.client, f"the message is no update of this round ({error})")

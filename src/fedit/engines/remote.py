@@ -1,0 +1,347 @@
+"""An `Engine` whose clients are at real sites, behind any transport that carries calls to them.
+
+What a site is asked (its worker answers, `fedit.engines.site`), each a call of bounded size and duration, each the same
+if it is asked twice:
+
+    hello     the run's description -> the clients here, or why this site refuses it
+    put       a piece of a message that the next call refers to
+    train     tune these clients -> what is finished by now
+    get       a piece of an update that was too long for the answer
+    evaluate  the loss of an adapter on the site's held-out rows
+
+So any process on the way may be killed, and the call is made again.
+"""
+
+from __future__ import annotations
+
+import logging
+import queue
+import threading
+import time
+from collections import defaultdict
+from collections.abc import Iterator, Mapping, Sequence
+from typing import Any, Protocol
+
+from fedit.codec import upload_codec
+from fedit.config import RunConfig
+from fedit.engines.channel import ChannelError, Header
+from fedit.engines.messages import Packed, pack_adapter, unpack_update
+from fedit.interfaces import Adapter, ClientFailure, ClientTask, ClientUpdate, EngineError
+
+log = logging.getLogger(__name__)
+
+PATIENCE_S = 20.0
+"""What a call waits for news before it answers that there are none."""
+TRANSFER_S = 120.0
+"""What a call may take beyond that."""
+RETRY_S = 0.5, 10.0
+"""First and longest pause before a call is made again."""
+
+
+class Transport(Protocol):
+    """Carries calls to the workers of sites."""
+
+    piece_bytes: int
+    """Longest blob of a call"""
+    inline_bytes: int
+    """Longest update that comes with the answer to `train`"""
+
+    def call(self, site: str, header: Mapping[str, Any], blob: bytes, timeout_s: float) -> tuple[Header, bytes]:
+        """Return a site's reply.
+
+        Raises:
+            ChannelError: there was none within `timeout_s` seconds.
+        """
+        ...
+
+
+class SiteError(EngineError):
+    """A site cannot take part: it refuses, is gone, or is late. The message is what the round's record says."""
+
+
+class Remote:
+    """The clients of all sites; `join` comes before the first round."""
+
+    def __init__(self, config: RunConfig, transport: Transport, sites: Sequence[str], expected: Mapping[str, str]):
+        """`expected` is what every site must have: hashes of the base's weights and the tokenizer, fedit's version."""
+        self._config = config
+        self._sites = {site: _Site(site, config, transport, expected) for site in sites}
+        self._clients: dict[str, int] = {}
+        self._site_of: dict[str, str] = {}
+
+    def join(self, known: Mapping[str, int] | None = None) -> Mapping[str, str]:
+        """Wait for the sites, and return why those that will not take part do not.
+
+        `known` are the clients that a resumed run was started with: no others take part.
+
+        Raises:
+            EngineError: nobody joined, or a client's rows are not what they were.
+        """
+        deadline = time.monotonic() + self._config.engine.join_s
+        reasons: dict[str, str] = {}
+
+        def join(site: _Site) -> None:
+            try:
+                site.join(deadline)
+            except SiteError as error:
+                reasons[site.name] = str(error)
+
+        _in_threads(join, list(self._sites.values()))
+        joined = {client: rows for site in self._sites.values() for client, rows in site.clients.items()}
+        if not joined:
+            why = "; ".join(f"{name}: {reason}" for name, reason in reasons.items())
+            raise EngineError(f"No site joined within [engine] join_s = {self._config.engine.join_s:g} s. {why}")
+        self._clients = dict(joined if known is None else known)
+        for client, rows in joined.items():
+            if self._clients.get(client, rows) != rows:
+                raise EngineError(f"Client {client!r} has {rows} rows now and had {self._clients[client]} when the run "
+                                  "was started. Restore its rows, or start a new run.")  # fmt: skip
+        self._site_of = {client: name for name, site in self._sites.items() for client in site.clients}
+        return reasons
+
+    def clients(self) -> Mapping[str, int]:
+        return self._clients
+
+    def run(self, tasks: Sequence[ClientTask]) -> Iterator[ClientUpdate | ClientFailure]:
+        """Yield the results in the order of `tasks`, so that an update that is too long for an answer is fetched when
+        its turn has come: one is in memory at a time.
+        """
+        deadline = time.monotonic() + self._config.engine.deadline_s
+        by_site: dict[str, list[ClientTask]] = defaultdict(list)
+        for task in tasks:
+            by_site[self._site_of.get(task.client, "")].append(task)
+        answers: dict[str, queue.Queue[_Answer]] = {task.client: queue.Queue() for task in tasks}
+        for site, its_tasks in by_site.items():
+            if site:
+                target = self._sites[site].tune
+                threading.Thread(target=target, args=(its_tasks, answers, deadline), daemon=True).start()
+            for task in its_tasks if not site else ():
+                answers[task.client].put(ClientFailure(task.client, "its site did not join"))
+        for task in tasks:
+            answer = answers[task.client].get()  # every site's thread ends at the deadline
+            if not isinstance(answer, ClientFailure):
+                answer = self._sites[self._site_of[task.client]].receive(task, answer, deadline)
+            yield answer
+
+    def evaluate(self, adapter: Adapter, round_index: int) -> dict[str, tuple[float, int]]:
+        """Return each site's mean held-out loss per response token, nats, and the number of these tokens; sites that
+        do not answer, or tell nothing, are left out.
+        """
+        deadline = time.monotonic() + self._config.engine.deadline_s
+        losses: dict[str, tuple[float, int]] = {}
+
+        def evaluate(site: _Site) -> None:
+            try:
+                if (loss := site.evaluate(adapter, round_index, deadline)) is not None:
+                    losses[site.name] = loss
+            except SiteError as error:
+                log.warning("site %s was not evaluated: %s", site.name, error)
+
+        _in_threads(evaluate, [site for site in self._sites.values() if site.clients])
+        return {name: losses[name] for name in self._sites if name in losses}
+
+
+_Answer = ClientFailure | tuple[Header, bytes | None]
+"""What came of a task: an update's header, and its message where it came along."""
+
+
+class _Site:
+    """The server's view of one site."""
+
+    def __init__(self, name: str, config: RunConfig, transport: Transport, expected: Mapping[str, str]) -> None:
+        self.name = name
+        self.clients: dict[str, int] = {}
+        self._config = config
+        self._transport = transport
+        self._expected = expected
+        self._initial: dict[str, str] = {}
+        self._codec = upload_codec(config)
+        self._was_absent = False
+        self._trouble = ""
+        self._packed: dict[int, tuple[Packed, dict[str, Any]]] = {}
+
+    def join(self, deadline: float) -> None:
+        """Agree on the run's description, and learn the site's clients.
+
+        Raises:
+            SiteError: it refuses, cannot be reached, or was not ready in time.
+        """
+        hello = {"do": "hello", "config": self._config.to_json(), "expected": dict(self._expected)}
+        while (answer := self._ask(hello, b"", deadline, patient=True)[0]).get("state") == "loading":
+            if time.monotonic() > deadline:
+                raise SiteError("it was still loading at the deadline")
+        if "refused" in answer:
+            raise SiteError(f"it refuses: {answer['refused']}")
+        self.clients = {str(client): int(rows) for client, rows in answer["clients"].items()}
+        self._initial = answer["initial"]
+
+    def tune(self, tasks: Sequence[ClientTask], answers: Mapping[str, queue.Queue[_Answer]], deadline: float) -> None:
+        """Put a result for each of `tasks` into its queue, as the clients finish."""
+        left = {task.client: task for task in tasks}
+        try:
+            for group in _of_equal_adapters(tasks):
+                for answer in self._results(group, deadline):
+                    client = answer.client if isinstance(answer, ClientFailure) else answer[0]["client"]
+                    if left.pop(client, None) is not None:
+                        answers[client].put(answer)
+        except SiteError as error:
+            reason = str(error)
+        except Exception as error:  # whatever a site sends, the round goes on without it
+            log.exception("site %s", self.name)
+            reason = f"its answer cannot be used ({type(error).__name__})"
+        else:
+            reason = "no answer"
+        for client in left:
+            answers[client].put(ClientFailure(client, reason))
+
+    def receive(self, task: ClientTask, answer: tuple[Header, bytes | None], deadline: float) -> _Result:
+        """Return the update that `answer` announces; what has not come along is fetched."""
+        about, message = answer
+        shared = task.adapter.only(self._config.aggregation.shared(task.round_index))
+        shapes = {name: tensor.shape for name, tensor in shared.items()}
+        most = 8 * sum(shape.numel() for shape in shapes.values()) + (1 << 16)
+        try:
+            size = int(about["size"])
+            if size > 2 * most:
+                return ClientFailure(task.client, f"an update of {size:,} bytes, where {most:,} are too many")
+            if message is None:
+                message = self._fetch(task, size, deadline + self._config.engine.deadline_s)
+        except SiteError as error:
+            return ClientFailure(task.client, str(error))
+        return unpack_update(about, message, task, shapes, self._codec)
+
+    def evaluate(self, adapter: Adapter, round_index: int, deadline: float) -> tuple[float, int] | None:
+        packed, about = pack_adapter(adapter, {}, self._initial)
+        request = {"do": "evaluate", "round": round_index, "adapter": about}
+        for answer in self._news(request, packed, deadline):
+            if not isinstance(answer, ClientFailure):
+                return float(answer[0]["loss"]), int(answer[0]["num_tokens"])
+            log.warning("site %s was not evaluated: %s", self.name, answer.reason)
+        return None
+
+    def _results(self, tasks: Sequence[ClientTask], deadline: float) -> Iterator[_Answer]:
+        """Yield what comes of tasks that share one adapter."""
+        packed, about = pack_adapter(tasks[0].adapter, tasks[0].control, self._initial)
+        request = {
+            "do": "train",
+            "round": tasks[0].round_index,
+            "adapter": about,
+            "clients": {task.client: task.num_earlier for task in tasks},
+            "inline": self._transport.inline_bytes,
+        }
+        yield from self._news(request, packed, deadline)
+
+    def _news(self, request: Header, packed: Packed, deadline: float) -> Iterator[_Answer]:
+        """Ask until everything is answered; yield what is new each time."""
+        seen = 0
+        while True:
+            answer, blob = self._ask({**request, "seen": seen}, b"", deadline, patient=True)
+            if "missing" in answer:
+                self._put(packed, int(answer["missing"]), deadline)
+                continue
+            if answer.get("restarted"):
+                seen = 0
+            for about in answer["results"]:
+                if "failure" in about:
+                    yield ClientFailure(about["client"], str(about["failure"]))
+                elif about["inline"]:
+                    message, blob = blob[: about["size"]], blob[about["size"] :]
+                    yield about, message
+                else:
+                    yield about, None
+            seen += len(answer["results"])
+            if not answer["running"]:
+                return
+            if time.monotonic() > deadline:
+                raise SiteError(f"no answer within [engine] deadline_s = {self._config.engine.deadline_s:g} s")
+
+    def _put(self, packed: Packed, start: int, deadline: float) -> None:
+        """Send a message from byte `start` on; if nothing is left to send, its end once more."""
+        size = len(packed.payload)
+        for offset in range(min(start, size), max(size, 1), self._transport.piece_bytes):
+            piece = packed.payload[offset : offset + self._transport.piece_bytes]
+            answer, _ = self._ask({"do": "put", "key": packed.key, "offset": offset, "size": size}, piece, deadline)
+            if answer.get("missing") is not None:  # it has begun anew meanwhile
+                return
+
+    def _fetch(self, task: ClientTask, size: int, deadline: float) -> bytes:
+        """Return an update's message piece by piece; a worker that was restarted tunes the client again."""
+        pieces: list[bytes] = []
+        num_bytes = 0
+        while num_bytes < size:
+            request = {
+                "do": "get",
+                "round": task.round_index,
+                "client": task.client,
+                "offset": num_bytes,
+                "bytes": self._transport.piece_bytes,
+            }
+            answer, piece = self._ask(request, b"", deadline)
+            if answer.get("gone"):
+                for again in self._results([task], deadline):
+                    if isinstance(again, ClientFailure):
+                        raise SiteError(again.reason)
+                continue
+            if not piece:
+                raise SiteError(f"its update ended after {num_bytes:,} of {size:,} bytes")
+            pieces.append(piece)
+            num_bytes += len(piece)
+        return b"".join(pieces)
+
+    def _ask(self, header: Header, blob: bytes, deadline: float, *, patient: bool = False) -> tuple[Header, bytes]:
+        """Return the site's answer; calls are made again until they have one.
+
+        Raises:
+            SiteError: the site refuses, or none came before the deadline, or for `absent_s` seconds.
+        """
+        wait_s = max(0.0, min(PATIENCE_S, deadline - time.monotonic())) if patient else 0.0
+        pause, longest = RETRY_S
+        first = time.monotonic()
+        while True:
+            try:
+                answer, reply = self._transport.call(self.name, {**header, "wait_s": wait_s}, blob, wait_s + TRANSFER_S)
+                if "error" in answer:
+                    raise ChannelError(str(answer["error"]))
+            except ChannelError as error:
+                now = time.monotonic()
+                given_up = first if self._was_absent else first + self._config.engine.absent_s
+                if header["do"] == "hello":
+                    given_up = deadline
+                if now > min(deadline, given_up):
+                    self._was_absent = True
+                    raise SiteError(f"it could not be reached ({error})") from error
+                if str(error) != self._trouble:
+                    log.warning("site %s: %s; asking again until it answers", self.name, error)
+                    self._trouble = str(error)
+                time.sleep(min(pause, max(0.0, deadline - now)))
+                pause = min(longest, 2 * pause)
+                continue
+            self._was_absent = False
+            if self._trouble:
+                log.warning("site %s answers", self.name)
+                self._trouble = ""
+            if "unjoined" in answer and header["do"] != "hello":
+                self.join(deadline)
+                continue
+            if "refused" in answer and header["do"] != "hello":
+                raise SiteError(f"it refuses: {answer['refused']}")
+            return answer, reply
+
+
+_Result = ClientUpdate | ClientFailure
+
+
+def _of_equal_adapters(tasks: Sequence[ClientTask]) -> list[list[ClientTask]]:
+    """Return the tasks in groups that were given the same adapter."""
+    groups: dict[int, list[ClientTask]] = defaultdict(list)
+    for task in tasks:
+        groups[task.adapter.rank].append(task)
+    return list(groups.values())
+
+
+def _in_threads(function: Any, sites: Sequence[_Site]) -> None:
+    threads = [threading.Thread(target=function, args=(site,), daemon=True) for site in sites]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()

@@ -1,0 +1,122 @@
+"""A site's folder: what its operator decides (`site.toml`), and its own log of what it was asked and what it sent."""
+
+from __future__ import annotations
+
+import json
+import tomllib
+from collections.abc import Iterator
+from datetime import UTC, datetime
+from pathlib import Path
+from typing import Any
+
+from pydantic import Field, ValidationError
+
+from fedit.config import DataConfig, EngineConfig, RunConfig
+from fedit.config.explaining import explain
+from fedit.config.tables import Table
+from fedit.files import append_line
+from fedit.interfaces import ConfigError
+
+
+class SitePolicy(Table):
+    """What may leave the site beside the updates themselves."""
+
+    counts: bool = True
+    """How many rows each client has, which weights its update; false: each counts as one"""
+    losses: bool = True
+    """The training loss and the number of tokens trained on"""
+    evaluation: bool = True
+    """The loss of the global adapter on the site's held-out rows"""
+    max_message_mb: float = Field(default=4096.0, gt=0)
+    """The longest message that is taken from the server, in 10^6 bytes"""
+
+
+class SiteConfig(Table):
+    """The content of site.toml. Relative paths start at its folder."""
+
+    name: str = Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]*$")
+    data: str
+    """The rows: a file is one client; a folder is one client for each file, and so is a client column."""
+    test_data: str | None = None
+    """Held-out rows; without it `test_per_category` of the run's `[data]` are held out."""
+    columns: dict[str, str] | None = None
+    """As in a run's `[data]`, where this site's rows name them in another way than the run says"""
+    model: str | None = None
+    """The folder of the base here; without it the path, or Hub name, that the run says"""
+    device: str = "auto"
+    memory_gb: float | None = Field(default=None, gt=0)
+    policy: SitePolicy = SitePolicy()
+
+
+class SiteFolder:
+    """A folder with a site.toml; everything that the site keeps lies in it."""
+
+    def __init__(self, path: Path, config: SiteConfig) -> None:
+        self.path = path
+        self.config = config
+
+    @classmethod
+    def read(cls, path: Path) -> SiteFolder:
+        """Return the folder of a site.
+
+        Raises:
+            ConfigError: it has no site.toml, or one that cannot be used.
+        """
+        file = path / "site.toml"
+        try:
+            return cls(path.absolute(), SiteConfig.model_validate(tomllib.loads(file.read_text(encoding="utf-8"))))
+        except OSError as error:
+            raise ConfigError(
+                f"{path} is no folder of a site: {file.name} cannot be read ({error.strerror})."
+            ) from error
+        except tomllib.TOMLDecodeError as error:
+            raise ConfigError(f"{file} is no TOML: {error}.") from error
+        except ValidationError as error:
+            raise ConfigError(explain(error, SiteConfig, f"{file}: ")) from error
+
+    @property
+    def name(self) -> str:
+        return self.config.name
+
+    @property
+    def socket(self) -> Path:
+        """Where the worker listens."""
+        return self.path / "worker.sock"
+
+    @property
+    def max_message_bytes(self) -> int:
+        return int(self.config.policy.max_message_mb * 1e6)
+
+    def localise(self, described: RunConfig) -> RunConfig:
+        """Return a run's description with this site's rows, base and device in place of the server's."""
+        site = self.config
+        data: dict[str, Any] = {"path": self._path(site.data)}
+        data["test_path"] = None if site.test_data is None else self._path(site.test_data)
+        if site.columns is not None:
+            data["columns"] = site.columns
+        engine: dict[str, Any] = {"device": site.device}
+        if site.memory_gb is not None:
+            engine["memory_gb"] = site.memory_gb
+        model = {} if site.model is None else {"path": self._path(site.model)}
+        return described.model_copy(
+            update={
+                "data": DataConfig.model_validate({**described.data.model_dump(), **data}),
+                "engine": EngineConfig.model_validate({**described.engine.model_dump(), **engine}),
+                "model": described.model.model_copy(update=model),
+            }
+        )
+
+    def _path(self, path: str) -> str:
+        return str(self.path / path) if (self.path / path).exists() else path
+
+    def log(self, event: str, **about: Any) -> None:
+        """Append a line to the site's log; None is left out."""
+        line = {"time": datetime.now(UTC).isoformat(timespec="seconds"), "event": event}
+        append_line(self.path / "log.jsonl", line | {key: value for key, value in about.items() if value is not None})
+
+    def logged(self) -> Iterator[dict[str, Any]]:
+        """Yield the lines of the log."""
+        file = self.path / "log.jsonl"
+        if file.is_file():
+            with file.open(encoding="utf-8") as lines:
+                yield from (json.loads(line) for line in lines)

@@ -1,0 +1,311 @@
+"""A real federation: the server's folder, the processes of server and sites, a run of the rounds across the sites."""
+
+from __future__ import annotations
+
+import importlib.metadata
+import importlib.util
+import json
+import logging
+import shutil
+import sys
+import threading
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import asdict, dataclass, replace
+from pathlib import Path
+from typing import Any, Literal
+
+from pydantic import Field, ValidationError
+
+from fedit.cohort import check_clients
+from fedit.config import RunConfig, Table, explain
+from fedit.engines.channel import ChannelError
+from fedit.engines.courier import Courier
+from fedit.engines.remote import Remote
+from fedit.engines.site_folder import SiteConfig, SiteFolder
+from fedit.engines.supervisor import Program, supervise
+from fedit.experiment import Notify, PhaseStarted, Progressed, RoundFinished, Watch, check_base, describe_run
+from fedit.export import save_adapter
+from fedit.files import append_line, keep_lines, write_atomically, write_json
+from fedit.interfaces import ConfigError, EngineError, FeditError
+from fedit.prepare import PreparedModel, prepare_model
+from fedit.report import RunFolder, write_report
+from fedit.server import RoundRecord, ServerState, load_state, save_state, train
+
+log = logging.getLogger(__name__)
+
+Engine = Literal["nvflare"]
+FILE = "federation.json"
+
+
+class FederationConfig(Table):
+    """The content of federation.json in the server's folder."""
+
+    engine: Engine = "nvflare"
+    host: str = Field(min_length=1)
+    """The server's name, or address, as the sites reach it: its certificate is for this one"""
+    port: int = Field(default=8002, ge=1, le=65535)
+    sites: tuple[str, ...] = Field(min_length=1)
+
+
+def read_federation(folder: Path) -> FederationConfig:
+    """Return the federation of a server's folder.
+
+    Raises:
+        ConfigError: it is none.
+    """
+    try:
+        return FederationConfig.model_validate_json((folder / FILE).read_text(encoding="utf-8"))
+    except OSError as error:
+        raise ConfigError(
+            f"{folder} is no server's folder: {folder / FILE} cannot be read ({error.strerror}). "
+            "`fedit federation init` makes one."
+        ) from error
+    except ValidationError as error:
+        raise ConfigError(explain(error, FederationConfig, f"{folder / FILE}: ")) from error
+
+
+# ---------------------------------------------------------------------------------------------------------- set-up
+
+
+def init_federation(folder: Path, federation: FederationConfig) -> None:
+    """Write what the server and each site need into ``server`` and ``sites/NAME`` of `folder`; sites that are there
+    already keep what they have.
+
+    Raises:
+        ConfigError: a name cannot be used, or `folder` holds another federation.
+        EngineError: the engine is not installed, or its provisioning failed.
+    """
+    for site in federation.sites:
+        try:
+            SiteConfig(name=site, data="rows.jsonl")
+        except ValidationError as error:
+            raise ConfigError(explain(error, SiteConfig, f"--sites {site}: ")) from error
+    if len(set(federation.sites)) < len(federation.sites):
+        raise ConfigError(f"--sites {','.join(federation.sites)}: a name is there twice.")
+    server = folder / "server"
+    if (server / FILE).is_file():
+        before = read_federation(server)
+        if (before.engine, before.host, before.port) != (federation.engine, federation.host, federation.port):
+            raise ConfigError(
+                f"{folder} holds a federation of {before.engine} at {before.host}:{before.port}. Choose another folder."
+            )
+        federation = before.model_copy(update={"sites": tuple(dict.fromkeys((*before.sites, *federation.sites)))})
+    elif folder.exists() and any(folder.iterdir()):
+        raise ConfigError(f"{folder} holds other files already. Choose a new or empty folder.")
+    require(federation.engine)
+    from fedit.engines import nvflare
+
+    nvflare.make_kits(folder, federation.host, federation.port, federation.sites)
+    write_json(server / FILE, federation.model_dump(mode="json"))
+    write_atomically(server / "fedit-server.service", _unit("server", "fedit federation serve").encode())
+    for site in federation.sites:
+        target = folder / "sites" / site
+        if not (target / "site.toml").is_file():
+            write_atomically(target / "site.toml", SITE_FILE.format(name=site).encode())
+            write_atomically(target / "fedit-site.service", _unit(f"site {site}", "fedit site start").encode())
+
+
+SITE_FILE = """\
+# What this site decides by itself. Relative paths start at this folder.
+name = "{name}"
+
+# A JSON, JSONL, CSV or Parquet file is one client; a folder is one client for each file in it.
+data = "rows.jsonl"
+# Held-out rows; without them some rows of each category are held out, as many as the run says.
+# test_data = "test.jsonl"
+# Where the columns have other names than the run expects: columns = {{ instruction = "question", response = "answer" }}
+
+# Where the base lies here; without it, the path or Hub name that the run says.
+# model = "/srv/models/base"
+device = "auto"
+
+# What may leave this site, beside the updates of its clients.
+[policy]
+counts = true       # how many rows each client has; false: each counts as one
+losses = true       # the training loss, and how many tokens were trained on
+evaluation = true   # the loss of the global adapter on the held-out rows
+max_message_mb = 4096
+"""
+
+
+def _unit(what: str, command: str) -> str:
+    program = shutil.which("fedit") or f"{sys.prefix}/bin/fedit"
+    return (
+        f"[Unit]\nDescription=fedit {what}\nAfter=network-online.target\nWants=network-online.target\n\n"
+        f"# Set the user, the program and the folder of this machine.\n[Service]\nUser=fedit\n"
+        f"ExecStart={program} {command.removeprefix('fedit ')} /srv/fedit\n"
+        "Restart=always\nRestartSec=10\nNoNewPrivileges=true\nPrivateTmp=true\nProtectSystem=full\n\n"
+        "[Install]\nWantedBy=multi-user.target\n"
+    )
+
+
+def require(engine: Engine) -> None:
+    """Refuse, with the command that mends it, an engine that is not installed or of another version.
+
+    Raises:
+        EngineError: as said.
+    """
+    wanted = _pin(engine)
+    if importlib.util.find_spec(engine) is None:
+        raise EngineError(f"The engine {engine} is not installed. Install it: pip install 'fedit[{engine}]'")
+    got = importlib.metadata.version(engine)
+    if got != wanted:
+        raise EngineError(
+            f"{engine} {got} is installed; the server and every site need {wanted}. pip install '{engine}=={wanted}'"
+        )
+
+
+def _pin(engine: Engine) -> str:
+    """Return the version that fedit's own metadata asks for."""
+    for requirement in importlib.metadata.requires("fedit") or ():
+        name, _, rest = requirement.partition("==")
+        if name == engine:
+            return rest.partition(";")[0].strip()
+    raise EngineError(f"This installation of fedit names no version of {engine}. Install it again.")
+
+
+# -------------------------------------------------------------------------------------------------------- processes
+
+
+def serve(folder: Path, stopped: threading.Event) -> None:
+    """Run the engine's server, and what keeps its couriers there, until `stopped`."""
+    federation = read_federation(folder)
+    require(federation.engine)
+    from fedit.engines import nvflare
+
+    folder = folder.absolute()
+    kit = folder / "kit"
+    programs = [
+        Program("engine", nvflare.server_command(folder), kit, {nvflare.SERVER: str(folder)}),
+        Program("keeper", [sys.executable, "-m", "fedit.engines.nvflare", str(folder)], folder),
+    ]
+    supervise(programs, folder / "logs", stopped)
+
+
+def start_site(folder: Path, stopped: threading.Event) -> None:
+    """Run a site's worker and its engine's client until `stopped`."""
+    site = SiteFolder.read(folder)
+    require("nvflare")
+    from fedit.engines import nvflare
+
+    programs = [
+        Program("worker", [sys.executable, "-m", "fedit.engines.site", str(site.path)], site.path),
+        Program(
+            "engine", nvflare.site_command(site.path, site.name), site.path / "kit", {nvflare.SITE: str(site.path)}
+        ),
+    ]
+    supervise(programs, site.path / "logs", stopped)
+
+
+# ------------------------------------------------------------------------------------------------------------- runs
+
+
+def expected_of(prepared: PreparedModel) -> dict[str, str]:
+    """Return what every site must have in common with the server."""
+    return {
+        "fedit": importlib.metadata.version("fedit"),
+        "base": prepared.weights_sha256,
+        "tokenizer": prepared.tokenizer_sha256,
+    }
+
+
+@dataclass(frozen=True)
+class SitesJoined:
+    """The sites that take part are known."""
+
+    clients: Mapping[str, int]
+    missing: Mapping[str, str]
+    """Why the other sites do not take part"""
+
+
+def run_federation(
+    config: RunConfig,
+    server: Path,
+    folder: Path,
+    notify: Notify = lambda event: None,
+    joined: Callable[[SitesJoined], None] = lambda event: None,
+    *,
+    recipe: str = "",
+    plugin_files: Sequence[Path] = (),
+    stopped: threading.Event | None = None,
+) -> RunFolder:
+    """Run, or go on with, the rounds of `config` across the sites of `server`; the result is a run folder.
+
+    Once `stopped` is set the round that is under way is finished, and no other begun.
+
+    Raises:
+        RoundError: a round could not be completed. Whatever is raised, calling again goes on from what was saved.
+        EngineError: nobody joined, or the base is not the one that the run was started on.
+    """
+    federation = read_federation(server)
+    prepared = prepare_model(config)
+    described = describe_run(config, prepared.model, prepared.weights_sha256, recipe, plugin_files)
+    resumed = (folder / "partition.json").is_file()
+    if resumed:
+        check_base(folder, described)
+    engine = Remote(config, Courier(server), federation.sites, expected_of(prepared))
+    known = json.loads((folder / "partition.json").read_text())["clients"] if resumed else {}
+    missing = engine.join({client: about["rows"] for client, about in known.items()} or None)
+    clients = engine.clients()
+    check_clients(config, clients)
+    joined(SitesJoined(clients, missing))
+    if not resumed:
+        folder.mkdir(parents=True, exist_ok=True)
+        write_json(folder / "config.json", described)
+        holdings = {client: {"rows": rows, "categories": {}} for client, rows in clients.items()}
+        write_json(folder / "partition.json", {"clients": holdings})
+    state = load_state(folder / "checkpoints") or ServerState(0, prepared.initial)
+    keep_lines(folder / "rounds.jsonl", state.round_index)
+    keep_lines(folder / "timings.jsonl")
+    notify(PhaseStarted("sites", config.rounds - state.round_index))
+    rounds = _Rounds(config, engine, folder, notify, stopped or threading.Event())
+    state = train(config, engine, state, rounds.finish)
+    save_adapter(state.adapter, config, prepared.model, folder / "adapter")
+    write_report(folder)
+    return RunFolder.read(folder)
+
+
+class StoppedError(FeditError):
+    """The run was asked to stop, and its last round is saved."""
+
+
+class _Rounds:
+    """What happens after every round."""
+
+    def __init__(
+        self, config: RunConfig, engine: Remote, folder: Path, notify: Notify, stopped: threading.Event
+    ) -> None:
+        self._config, self._engine, self._folder = config, engine, folder
+        self._notify, self._stopped = notify, stopped
+        self._watch = Watch()
+
+    def finish(self, state: ServerState, record: RoundRecord) -> None:
+        """Evaluate at the sites if it is time to, save everything, tell it."""
+        config, every = self._config, self._config.evaluation.every
+        timing = self._watch.lap(record.tokens)
+        losses: dict[str, tuple[float, int]] = {}
+        if state.round_index == config.rounds or (every and state.round_index % every == 0):
+            losses = self._engine.evaluate(state.adapter, state.round_index - 1)
+            if num_tokens := sum(count for _, count in losses.values()):
+                mean = sum(loss * count for loss, count in losses.values()) / num_tokens
+                record = replace(record, test_loss=mean)
+        line: dict[str, Any] = asdict(record)
+        if losses:
+            line["site_losses"] = {site: loss for site, (loss, _) in losses.items()}
+        timing["aggregation_seconds"] = round(line.pop("aggregation_s"), 6)
+        append_line(self._folder / "rounds.jsonl", line)
+        save_state(state, self._folder / "checkpoints")
+        append_line(self._folder / "timings.jsonl", {"round": record.round, **timing})
+        self._notify(RoundFinished(record, timing["seconds"], config.rounds))
+        self._notify(Progressed(1))
+        self._watch.lap(0)
+        if self._stopped.is_set() and state.round_index < config.rounds:
+            raise StoppedError
+
+
+def sites_of(server: Path) -> list[str]:
+    """Return the sites that are connected now."""
+    try:
+        return list(Courier(server).call("", {"do": "sites"}, b"", 5.0)[0]["sites"])
+    except ChannelError:
+        return []
