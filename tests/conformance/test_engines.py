@@ -2,14 +2,22 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+import json
+import random
+import threading
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 from federations import SITES, Direct, Finished, federate, load, simulate, write_recipe, write_site
 
-from fedit.interfaces import Adapter
+from fedit.config import RunConfig
+from fedit.engines import remote
+from fedit.engines.channel import ChannelError, Header
+from fedit.engines.site_folder import SiteFolder
+from fedit.interfaces import Adapter, EngineError, RoundError
 
 
 @pytest.fixture
@@ -57,3 +65,233 @@ def test_real_sites_give_the_bits_of_the_simulation(
 ) -> None:
     config = load(recipe, *overrides)
     assert_equal(federate(config, direct), simulate(config, tmp_path / "store"))
+
+
+# ---------------------------------------------------------------------------------------------------------- failures
+
+
+def federation_config(recipe: Path, *more: str) -> RunConfig:
+    return load(recipe, "engine.absent_s=0.5", *more)
+
+
+def test_a_call_that_is_lost_or_heard_twice_changes_nothing(
+    recipe: Path, direct: Direct, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A fifth of the calls is lost before the site hears them, a fifth of the answers on the way back."""
+    monkeypatch.setattr(remote, "RETRY_S", (0.01, 0.02))
+    chance = random.Random(0)
+    lost = []
+
+    def lose(site: str, header: Header) -> None:
+        if chance.random() < 0.2:
+            lost.append(site)
+            raise ChannelError("lost")
+
+    def lose_answer(site: str, header: Header, reply: tuple[Header, bytes]) -> tuple[Header, bytes]:
+        lose(site, header)
+        return reply
+
+    direct.before, direct.after = lose, lose_answer
+    config = load(recipe)
+    assert_equal(federate(config, direct), simulate(config, tmp_path / "store"))
+    assert len(lost) > 10
+
+
+def test_a_worker_that_restarts_in_a_round_tunes_again_to_the_same_bits(
+    recipe: Path, direct: Direct, tmp_path: Path
+) -> None:
+    restarted = []
+
+    def restart(site: str, header: Header) -> None:
+        if site == "b" and header["do"] == "get" and header["round"] == 1 and not restarted:
+            restarted.append(site)
+            direct.stop("b")
+            direct.start("b")
+
+    direct.before = restart
+    config = load(recipe)
+    assert_equal(federate(config, direct), simulate(config, tmp_path / "store"))
+    assert restarted
+
+
+def test_a_site_that_is_gone_is_a_failure_of_its_rounds_until_it_returns(recipe: Path, direct: Direct) -> None:
+    def vanish(site: str, header: Header) -> None:
+        if header.get("round") == 1 and site == "c":
+            raise ChannelError("cut off")
+
+    direct.before = vanish
+    _, records = federate(federation_config(recipe), direct)
+    assert [list(record.failures) for record in records] == [[], ["c"], []]
+    assert "could not be reached" in records[1].failures["c"]
+
+
+def test_a_slow_site_fails_at_the_deadline_and_its_late_answer_is_not_taken(recipe: Path, direct: Direct) -> None:
+    late = threading.Event()
+
+    def wait(site: str, header: Header) -> None:
+        if site == "a" and header["do"] == "train" and header["round"] == 0:
+            late.wait(3.0)
+
+    direct.before = wait
+    _, records = federate(federation_config(recipe, "engine.deadline_s=1.5", "rounds=2"), direct)
+    late.set()
+    assert list(records[0].failures) == ["a"]
+    assert "deadline_s" in records[0].failures["a"]
+    assert not records[1].failures
+
+
+def spoil(direct: Direct, site: str, change: Callable[[Header, bytes], tuple[Header, bytes]]) -> None:
+    """Change what a site says of its updates, or their bytes."""
+
+    def after(name: str, header: Header, reply: tuple[Header, bytes]) -> tuple[Header, bytes]:
+        return change(*reply) if name == site and header["do"] in ("train", "get") else reply
+
+    direct.after = after
+
+
+def test_updates_that_are_not_finite_misshaped_or_huge_are_their_clients_failure(recipe: Path, direct: Direct) -> None:
+    nan = np.full(1, np.nan, "<f4").tobytes()
+
+    def results(header: Header, **changed: object) -> Header:
+        return {**header, "results": [{**result, **changed} for result in header.get("results", ())]}
+
+    changes = {
+        "not finite": lambda header, blob: (header, nan + blob[4:] if blob else blob),
+        "no update of this round": lambda header, blob: (results(header, bytes=10), blob),
+        "too many": lambda header, blob: (results(header, size=10**12, inline=False), blob),
+        "ended after": lambda header, blob: (header, b""),
+        "scale": lambda header, blob: (results(header, rank=7), blob),
+        "cannot be used": lambda header, blob: ({**header, "results": [{"client": "b"}]}, blob),
+        "negative counts": lambda header, blob: (results(header, num_examples=-5), blob),
+        "training loss is not finite": lambda header, blob: (results(header, loss=float("inf")), blob),
+    }
+    config = federation_config(recipe, "rounds=1")
+    for reason, change in changes.items():
+        spoil(direct, "b", change)
+        _, (record,) = federate(config, direct)
+        assert list(record.failures) == ["b"], reason
+        assert reason in record.failures["b"], (reason, record.failures)
+
+
+def test_too_few_sites_end_the_run_with_a_reason_for_each(recipe: Path, direct: Direct) -> None:
+    direct.before = lambda site, header: cut_off() if header["do"] == "train" and site != "a" else None
+    with pytest.raises(RoundError, match=r"1 usable updates of 3, needs .* 2\. b: it could not be reached"):
+        federate(federation_config(recipe, "cohort.min_updates=2"), direct)
+
+
+def cut_off() -> None:
+    raise ChannelError("cut off")
+
+
+def test_nobody_joins_within_the_deadline(recipe: Path, direct: Direct) -> None:
+    direct.before = lambda site, header: cut_off()
+    with pytest.raises(EngineError, match=r"No site joined within \[engine\] join_s = 1 s"):
+        federate(federation_config(recipe, "engine.join_s=1"), direct)
+
+
+# ---------------------------------------------------------------------------------------------------------- handshake
+
+
+@pytest.mark.parametrize(
+    ("what", "says"),
+    [
+        ("fedit", "fedit .* is installed here, the server has other"),
+        ("base", r"another base: SHA-256 [0-9a-f]{16}\.\.\. here, other"),
+        ("tokenizer", "another tokenizer"),
+    ],
+)
+def test_a_site_refuses_what_differs_and_names_it(recipe: Path, direct: Direct, what: str, says: str) -> None:
+    with pytest.raises(EngineError, match=says):
+        federate(load(recipe), direct, **{what: "other"})
+
+
+def test_a_site_refuses_attackers_and_unknown_rules(recipe: Path, direct: Direct) -> None:
+    with pytest.raises(EngineError, match=r"\[attack\] is for simulations"):
+        federate(load(recipe, "attack.name=sign-flip", 'attack.clients=["a"]'), direct)
+    answer, _ = direct.call(
+        "a", {"do": "hello", "config": {"aggregation": {"name": "my-rule"}}, "expected": {}, "wait_s": 30}, b"", 60
+    )
+    assert "my-rule" in answer["refused"]
+
+
+def test_what_leaves_a_site_names_no_file_and_no_row(recipe: Path, direct: Direct, tmp_path: Path) -> None:
+    """Neither in answers, nor in the reasons of failures."""
+    (tmp_path / "rows" / "a.jsonl").write_text("this is no JSON\n")
+    seen: list[str] = []
+
+    def listen(site: str, header: Header, reply: tuple[Header, bytes]) -> tuple[Header, bytes]:
+        seen.append(json.dumps(reply[0]))
+        return reply
+
+    direct.after = listen
+    _, records = federate(load(recipe, "rounds=1"), direct)
+    assert set(records[0].cohort) == {"b", "c"}
+    assert any("its own log says more" in line for line in seen)
+    for line in seen:
+        assert str(tmp_path) not in line
+        assert "jsonl" not in line
+        assert "say b" not in line
+
+
+def test_a_sites_policy_decides_what_is_told(recipe: Path, tmp_path: Path) -> None:
+    silent = "[policy]\ncounts = false\nlosses = false\nevaluation = false\n"
+    folders = {
+        name: write_site(tmp_path / "silent" / name, name, tmp_path / "rows", silent if name == "a" else "")
+        for name in SITES
+    }
+    direct = Direct(folders)
+    try:
+        _, (record,) = federate(load(recipe, "rounds=1"), direct)
+    finally:
+        direct.close()
+    told = [line for line in folders["a"].logged() if line["event"] == "sent"]
+    assert told
+    assert not record.failures
+    _, (whole,) = federate_all(recipe, tmp_path)
+    assert record.tokens < whole.tokens
+
+
+def federate_all(recipe: Path, tmp_path: Path) -> Finished:
+    direct = Direct({name: write_site(tmp_path / "open" / name, name, tmp_path / "rows") for name in SITES})
+    try:
+        return federate(load(recipe, "rounds=1"), direct)
+    finally:
+        direct.close()
+
+
+def test_a_site_logs_what_it_was_asked_and_what_it_sent(recipe: Path, direct: Direct) -> None:
+    federate(load(recipe, "rounds=1"), direct)
+    lines = list(direct.folders["b"].logged())
+    assert [line["event"] for line in lines] == ["asked to join", "joined", "asked to train", "sent"]
+    sent = lines[-1]
+    assert sent["client"] == "b"
+    assert sent["bytes"] > 0
+    assert sent["norm"] > 0
+    assert len(sent["sha256"]) == 64
+
+
+def test_a_message_that_is_longer_than_the_site_allows_is_refused(recipe: Path, tmp_path: Path) -> None:
+    folders = {"a": write_site(tmp_path / "small" / "a", "a", tmp_path / "rows", "[policy]\nmax_message_mb = 0.001\n")}
+    direct = Direct(folders)
+    try:
+        with pytest.raises(RoundError, match="takes 1,000 at most"):
+            federate(load(recipe, "rounds=2"), direct)
+    finally:
+        direct.close()
+
+
+def test_a_site_hosts_many_clients(recipe: Path, tmp_path: Path) -> None:
+    """A folder of rows at one site is a client for each file."""
+    folder = tmp_path / "many"
+    folder.mkdir()
+    (folder / "site.toml").write_text(
+        f'name = "all"\ndata = "{tmp_path / "rows"}"\ntest_data = "{tmp_path / "test.jsonl"}"\ndevice = "cpu"\n'
+    )
+    direct = Direct({"all": SiteFolder.read(folder)})
+    try:
+        adapter, records = federate(load(recipe), direct)
+    finally:
+        direct.close()
+    assert records[0].cohort == ["all/a", "all/b", "all/c"]
+    assert not any(record.failures for record in records)
+    assert all(bool(tensor.isfinite().all()) for tensor in adapter.tensors.values())
