@@ -10,6 +10,7 @@ import sys
 import threading
 import time
 from collections.abc import Callable, Mapping
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -49,7 +50,7 @@ learning_rate = 1e-2
 [engine]
 device = "cpu"
 slots = 1
-deadline_s = 60
+deadline_s = 120
 absent_s = 5
 join_s = 60
 """
@@ -193,7 +194,10 @@ class Deployment:
             command = ["federation", "serve", self.server] if name == "server" else ["site", "start", self.site(name)]
             with (self.folder / f"{name}.out").open("ab") as output:
                 self._processes[name] = subprocess.Popen(
-                    [sys.executable, "-m", "fedit.cli", *map(str, command)], stdout=output, stderr=subprocess.STDOUT
+                    [sys.executable, "-m", "fedit.cli", *map(str, command)],
+                    stdout=output,
+                    stderr=subprocess.STDOUT,
+                    env={**os.environ, "OMP_NUM_THREADS": "1"},
                 )
 
     def stop(self, *names: str) -> None:
@@ -213,11 +217,11 @@ class Deployment:
             time.sleep(0.5)
 
     def pids(self, module: str, *arguments: str) -> list[int]:
-        """Return the processes that run a module with arguments that contain others."""
+        """Return the processes whose command names `module` and all of `arguments`."""
         found = []
         for process in psutil.process_iter(["cmdline"]):
             line = process.info["cmdline"] or []
-            if any(module in part for part in line) and all(any(a in part for part in line) for a in arguments):
+            if any(module in part for part in line) and all(any(text in part for part in line) for text in arguments):
                 found.append(process.pid)
         return found
 
@@ -226,6 +230,15 @@ class Deployment:
         assert pids, f"no process runs {module} with {arguments}"
         for pid in pids:
             os.kill(pid, signal.SIGKILL)
+
+    def kill_site(self, name: str) -> None:
+        """Kill all processes of a site at once, as when its machine stops."""
+        process = self._processes.pop(name)
+        process.kill()
+        process.wait()
+        for pid in self.pids(str(self.site(name))):
+            with suppress(ProcessLookupError):
+                os.kill(pid, signal.SIGKILL)
 
 
 def fedit(*arguments: object, check: bool = True) -> subprocess.CompletedProcess[str]:

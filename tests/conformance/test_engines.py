@@ -114,6 +114,23 @@ def test_a_worker_that_restarts_in_a_round_tunes_again_to_the_same_bits(
     assert restarted
 
 
+def test_a_worker_that_is_stopped_while_it_tunes_says_nothing_of_the_round(
+    recipe: Path, direct: Direct, tmp_path: Path
+) -> None:
+    """Its clients are tuned again once it is back; they have not failed."""
+    stopped = []
+
+    def stop(site: str, header: Header) -> None:
+        if site == "b" and header["do"] == "train" and header["round"] == 1 and not stopped:
+            stopped.append(site)
+            threading.Timer(0.3, lambda: (direct.stop("b"), direct.start("b"))).start()
+
+    direct.before = stop
+    config = load(recipe, "client.local_steps=200")
+    assert_equal(federate(config, direct), simulate(config, tmp_path / "store"))
+    assert stopped
+
+
 def test_a_site_that_is_gone_is_a_failure_of_its_rounds_until_it_returns(recipe: Path, direct: Direct) -> None:
     def vanish(site: str, header: Header) -> None:
         if header.get("round") == 1 and site == "c":

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import json
 import logging
+import os
 import socket
 import threading
 from collections.abc import Callable, Mapping
@@ -65,14 +66,22 @@ def serve(path: Path, handle: Handle, stopped: threading.Event) -> None:
         EngineError: another process serves `path`, or no socket can be made there.
     """
     listener = _listen(path)
+    own = path.stat().st_ino
+    open_ones: set[socket.socket] = set()
     try:
         while not stopped.is_set():
             with suppress(TimeoutError):
                 connected, _ = listener.accept()
-                threading.Thread(target=_answer, args=(connected, handle), daemon=True).start()
+                open_ones.add(connected)
+                threading.Thread(target=_answer, args=(connected, handle, open_ones), daemon=True).start()
     finally:
         listener.close()
-        path.unlink(missing_ok=True)
+        with suppress(FileNotFoundError):
+            if path.stat().st_ino == own:  # and not that of a process that took over
+                path.unlink()
+        for connected in list(open_ones):  # callers need not wait for calls that cannot end any more
+            with suppress(OSError):
+                connected.shutdown(socket.SHUT_RDWR)
 
 
 def _listen(path: Path) -> socket.socket:
@@ -96,9 +105,9 @@ def _listen(path: Path) -> socket.socket:
     return listener
 
 
-def _answer(connected: socket.socket, handle: Handle) -> None:
+def _answer(connected: socket.socket, handle: Handle, open_ones: set[socket.socket]) -> None:
     connected.settimeout(None)
-    with Connection(connected.detach()) as connection, suppress(OSError, EOFError):
+    with Connection(os.dup(connected.fileno())) as connection, suppress(OSError, EOFError):
         header, blob = _receive(connection)
         try:
             reply = ({}, b"") if header.get("do") == "ping" else handle(header, blob)
@@ -106,6 +115,8 @@ def _answer(connected: socket.socket, handle: Handle) -> None:
             log.exception("the call %s failed", header.get("do"))
             reply = {"error": type(error).__name__}, b""
         _send(connection, *reply)
+    open_ones.discard(connected)
+    connected.close()
 
 
 def _send(connection: Connection, header: Mapping[str, Any], blob: bytes) -> None:

@@ -42,7 +42,7 @@ HEARTBEAT_S = 3
 ALIVE_S = 12.0
 """Seconds since its last heartbeat after which a site counts as gone."""
 CHECK_S = 2.0
-START_S = 60.0
+START_S = 30.0
 """What a submitted job may take to start its couriers."""
 ROOT_DAYS = 3650
 CONTROLLER = "nvflare.collab.runtime.controller.CollabController"
@@ -59,7 +59,7 @@ class SiteCourier:
     def call(self, header: str, blob: bytes) -> list[Any]:
         """Return the worker's answer, [header, blob]."""
         asked = json.loads(header)
-        if asked["do"] == "ping":
+        if asked["do"] == "reach":
             return ["{}", b""]
         try:
             answer, reply = call(Path(os.environ[SITE]) / "worker.sock", asked, blob, asked["timeout_s"])
@@ -255,6 +255,7 @@ class _Keeper:
             alive, before = self._connected(), self._alive
             self._alive = alive
             if alive != before:
+                log.info("connected: %s", ", ".join(sorted(alive)) or "nobody")
                 continue  # sites come one after another: one job for all of them
             members = self._members()
             if members is None:
@@ -280,9 +281,9 @@ class _Keeper:
 
     def _is_lost(self, site: str) -> bool:
         """Tell whether a site, connected, did not answer in this job twice."""
-        ping = {"do": "ping", "site": site, "timeout_s": 4.0}
+        reach = {"do": "reach", "site": site, "timeout_s": 4.0}
         try:
-            answer, _ = call(self._folder / "courier.sock", ping, timeout_s=6.0)
+            answer, _ = call(self._folder / "courier.sock", reach, timeout_s=6.0)
         except ChannelError as error:
             answer = {"error": str(error)}
         self._missed[site] = self._missed.get(site, 0) + 1 if "error" in answer else 0

@@ -32,8 +32,10 @@ log = logging.getLogger(__name__)
 
 PATIENCE_S = 20.0
 """What a call waits for news before it answers that there are none."""
-TRANSFER_S = 120.0
-"""What a call may take beyond that."""
+CALL_S = 30.0
+"""What a call may take beyond that, and beyond its bytes."""
+SLOWEST = 100_000
+"""Bytes a second that a site's connection has at least."""
 RETRY_S = 0.5, 10.0
 """First and longest pause before a call is made again."""
 
@@ -44,7 +46,7 @@ class Transport(Protocol):
     piece_bytes: int
     """Longest blob of a call"""
     inline_bytes: int
-    """Longest update that comes with the answer to `train`"""
+    """What comes with an answer to `train` at most; longer updates are fetched in pieces"""
 
     def call(self, site: str, header: Mapping[str, Any], blob: bytes, timeout_s: float) -> tuple[Header, bytes]:
         """Return a site's reply.
@@ -295,11 +297,13 @@ class _Site:
             SiteError: the site refuses, or none came before the deadline, or for `absent_s` seconds.
         """
         wait_s = max(0.0, min(PATIENCE_S, deadline - time.monotonic())) if patient else 0.0
+        num_bytes = len(blob) + int(header.get("bytes", header.get("inline", 0)))
         pause, longest = RETRY_S
         first = time.monotonic()
         while True:
             try:
-                answer, reply = self._transport.call(self.name, {**header, "wait_s": wait_s}, blob, wait_s + TRANSFER_S)
+                timeout_s = wait_s + CALL_S + num_bytes / SLOWEST
+                answer, reply = self._transport.call(self.name, {**header, "wait_s": wait_s}, blob, timeout_s)
                 if "error" in answer:
                     raise ChannelError(str(answer["error"]))
             except ChannelError as error:

@@ -38,7 +38,7 @@ log = logging.getLogger(__name__)
 Reply = tuple[Header, bytes]
 
 
-class Superseded(BaseException):
+class SupersededError(BaseException):
     """The server has gone on to another job."""
 
 
@@ -101,7 +101,7 @@ class Worker:
         if header.get("do") not in answers:
             return {"refused": f"this site does not know the call {header.get('do')!r}"}, b""
         with self._changed:
-            return answers[header["do"]](header, blob)
+            return ({"error": "the worker is stopping"}, b"") if self._stopped else answers[header["do"]](header, blob)
 
     def _hello(self, header: Header, blob: bytes) -> Reply:
         wanted = {"config": header["config"], "expected": header["expected"]}
@@ -141,10 +141,13 @@ class Worker:
             self._job = job
             self._changed.notify_all()
         job, seen = self._job, 0 if restarted else int(header["seen"])
-        self._changed.wait_for(lambda: len(job.results) > seen or not job.running, _wait_s(header))
+        self._changed.wait_for(lambda: len(job.results) > seen or not job.running or self._stopped, _wait_s(header))
+        if self._stopped:
+            return {"error": "the worker is stopping"}, b""
         results, parts, inline = [], [], int(header.get("inline", 0))
         for about, message in job.results[seen:]:
             comes_along = len(message) <= inline
+            inline -= len(message) if comes_along else 0
             results.append({**about, "size": len(message), "inline": comes_along})
             parts.append(message if comes_along else b"")
         return {"results": results, "running": job.running, "restarted": restarted}, b"".join(parts)
@@ -234,7 +237,7 @@ class Worker:
     def _step_done(self, num_tokens: int) -> None:
         job = self._job
         if self._stopped or job is None or job is not self._running:
-            raise Superseded
+            raise SupersededError
 
     def _run(self, job: _Job) -> None:
         self._running = job
@@ -251,8 +254,9 @@ class Worker:
                 self._evaluate(job, joined, adapter)
             else:
                 self._tune(job, joined, adapter, control)
-        except Superseded:
+        except SupersededError:
             self._folder.log("abandoned", round=about["round"])
+            return  # nobody is to think that it is done
         except Exception as error:
             log.exception("round %s failed", about["round"])
             done = {result["client"] for result, _ in job.results}
@@ -260,10 +264,9 @@ class Worker:
             for client in about.get("clients", {self._folder.name: 0}):
                 if client not in done:
                     self._finish(job, {"client": client, "failure": reason}, b"")
-        finally:
-            with self._changed:
-                job.running = False
-                self._changed.notify_all()
+        with self._changed:
+            job.running = False
+            self._changed.notify_all()
 
     def _tune(self, job: _Job, joined: _Joined, adapter: Adapter, control: Mapping[str, torch.Tensor]) -> None:
         about, codec = job.request, upload_codec(joined.config)
