@@ -19,11 +19,11 @@ import psutil
 from fedit.config import RunConfig, load_config
 from fedit.engines.channel import ChannelError, Header
 from fedit.engines.client_store import ClientStore
+from fedit.engines.courier import Courier
 from fedit.engines.remote import Remote
 from fedit.engines.simulation import Simulation
 from fedit.engines.site import Worker
 from fedit.engines.site_folder import SiteFolder
-from fedit.federation import sites_of
 from fedit.interfaces import Adapter
 from fedit.prepare import prepare_data, prepare_model
 from fedit.server import RoundRecord, ServerState, train
@@ -212,8 +212,9 @@ class Deployment:
     def wait_for_sites(self, *names: str, timeout_s: float = 90) -> None:
         """Wait until a job runs that these sites are in."""
         end = time.monotonic() + timeout_s
-        while not set(names) <= set(sites_of(self.server)):
-            assert time.monotonic() < end, f"only {sites_of(self.server)} connected; logs in {self.folder}"
+        courier = Courier(self.server)
+        while not set(names) <= courier.sites().keys():
+            assert time.monotonic() < end, f"only {list(courier.sites())} connected; logs in {self.folder}"
             time.sleep(0.5)
 
     def pids(self, module: str, *arguments: str) -> list[int]:

@@ -7,12 +7,15 @@ import shlex
 import signal
 import sys
 import threading
-from collections.abc import Callable
+import time
+from collections.abc import Callable, Mapping
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated
+from typing import TYPE_CHECKING, Annotated, Any
 
 from cyclopts import App, Parameter
+from rich.console import Group
 from rich.table import Table
+from rich.text import Text
 
 from fedit.console import (
     AsJson,
@@ -129,6 +132,83 @@ def run(
     say(f"Report:  {folder / 'report.html'}\nAdapter: {folder / 'adapter'}")
     if as_json:
         print_json({"folder": str(folder), "rounds": list(result.rounds)})
+
+
+@federation_app.command
+def check(
+    recipe: str = "default",
+    /,
+    *,
+    server: Server,
+    override: Overrides = None,
+    plugin: PluginFiles = None,
+    as_json: AsJson = False,
+) -> None:
+    """Let every site load the base and its rows for RECIPE, and show what each has; nothing is trained."""
+    config = load(recipe, override, plugin, None)
+    quiet()
+    from fedit.federation import check_sites
+    from fedit.report.format import size
+
+    ready, missing = check_sites(config, server)
+    if as_json:
+        print_json({"ready": ready, "missing": missing})
+        return
+    table = Table(box=None, pad_edge=False)
+    for header in ("Site", "Clients", "Rows", "Held out", "Device", "Memory", "Slots", "torch", "Clock ahead"):
+        table.add_column(header, justify="left" if header in ("Site", "Device", "torch") else "right")
+    for name, site in ready.items():
+        rows = f"{sum(site['clients'].values()):,}"
+        cells = [name, str(len(site["clients"])), rows, str(site["held_out"]), site["device"]]
+        cells += [size(site["memory_bytes"]), str(site["slots"]), site["torch"], f"{site['clock_ahead_s']:+.1f} s"]
+        table.add_row(*cells)
+    console.print(table)
+    for name, reason in missing.items():
+        say(f"Site {name} is not ready: {reason}")
+
+
+@federation_app.command
+def status(
+    server: Server,
+    /,
+    *,
+    follow: Annotated[bool, Parameter(negative="", help="Show it again every two seconds, until interrupted")] = False,
+    as_json: AsJson = False,
+) -> None:
+    """Show who is connected, what travelled, and how far the last run is."""
+    from rich.live import Live
+
+    from fedit.federation import federation_status
+
+    if as_json:
+        print_json(federation_status(server))
+        return
+    with Live(_status_table(federation_status(server)), console=console, auto_refresh=False) as live:
+        while follow:
+            try:
+                time.sleep(2)
+            except KeyboardInterrupt:
+                return
+            live.update(_status_table(federation_status(server)), refresh=True)
+
+
+def _status_table(status: Mapping[str, Any]) -> Group:
+    from fedit.report.format import size
+
+    table = Table(box=None, pad_edge=False)
+    for header in ("Site", "Connected", "Last answer", "Down", "Up"):
+        table.add_column(header, justify="right" if header in ("Down", "Up") else "left")
+    for name, site in status["sites"].items():
+        answered = "" if site["answered"] is None else f"{time.time() - site['answered']:.0f} s ago"
+        table.add_row(name, "yes" if site["connected"] else "no", answered, size(site["down"]), size(site["up"]))
+    run = status["run"]
+    lines = ["No run yet."]
+    if run:
+        lines = [f"Run {run['folder']}: {run['rounds_done']} of {run['rounds']} rounds"]
+        lines += [
+            f"  round {failure['round']}: {failure['client']}: {failure['reason']}" for failure in run["failures"]
+        ]
+    return Group(table, *(Text(line) for line in lines))
 
 
 @site_app.command

@@ -18,7 +18,6 @@ from pydantic import Field, ValidationError
 
 from fedit.cohort import check_clients
 from fedit.config import RunConfig, Table, explain
-from fedit.engines.channel import ChannelError
 from fedit.engines.courier import Courier
 from fedit.engines.remote import Remote
 from fedit.engines.site_folder import SiteConfig, SiteFolder
@@ -35,6 +34,7 @@ log = logging.getLogger(__name__)
 
 Engine = Literal["nvflare"]
 FILE = "federation.json"
+LAST_RUN = "last-run.json"
 
 
 class FederationConfig(Table):
@@ -252,6 +252,7 @@ def run_federation(
     if not resumed:
         folder.mkdir(parents=True, exist_ok=True)
         write_json(folder / "config.json", described)
+        write_json(server / LAST_RUN, {"folder": str(folder.absolute())})
         holdings = {client: {"rows": rows, "categories": {}} for client, rows in clients.items()}
         write_json(folder / "partition.json", {"clients": holdings})
     state = load_state(folder / "checkpoints") or ServerState(0, prepared.initial)
@@ -303,9 +304,42 @@ class _Rounds:
             raise StoppedError
 
 
-def sites_of(server: Path) -> list[str]:
-    """Return the sites that are connected now."""
-    try:
-        return list(Courier(server).call("", {"do": "sites"}, b"", 5.0)[0]["sites"])
-    except ChannelError:
-        return []
+def check_sites(config: RunConfig, server: Path) -> tuple[Mapping[str, Mapping[str, Any]], Mapping[str, str]]:
+    """Let every site get ready for a run, and return what each says of itself, and why the others do not take part.
+
+    Raises:
+        EngineError: none is ready.
+    """
+    federation = read_federation(server)
+    prepared = prepare_model(config)
+    engine = Remote(config, Courier(server), federation.sites, expected_of(prepared))
+    missing = engine.join()
+    check_clients(config, engine.clients())
+    return engine.described(), missing
+
+
+SHOWN_FAILURES = 10
+
+
+def federation_status(server: Path) -> dict[str, Any]:
+    """Return who is connected, what travelled since the courier started, and how far the last run is."""
+    federation = read_federation(server)
+    traffic = Courier(server).sites()
+    nothing = {"down": 0, "up": 0, "answered": None}
+    sites = {name: {"connected": name in traffic, **traffic.get(name, nothing)} for name in federation.sites}
+    run: dict[str, Any] | None = None
+    last = server / LAST_RUN
+    if last.is_file() and (folder := Path(json.loads(last.read_text())["folder"])).is_dir():
+        found = RunFolder.read(folder)
+        failures = [
+            {"round": line["round"], "client": client, "reason": reason}
+            for line in found.rounds
+            for client, reason in line["failures"].items()
+        ]
+        run = {
+            "folder": str(folder),
+            "rounds": found.run["rounds"],
+            "rounds_done": len(found.rounds),
+            "failures": failures[-SHOWN_FAILURES:],
+        }
+    return {"engine": federation.engine, "sites": sites, "run": run}

@@ -123,10 +123,10 @@ def test_a_worker_that_is_stopped_while_it_tunes_says_nothing_of_the_round(
     def stop(site: str, header: Header) -> None:
         if site == "b" and header["do"] == "train" and header["round"] == 1 and not stopped:
             stopped.append(site)
-            threading.Timer(0.3, lambda: (direct.stop("b"), direct.start("b"))).start()
+            threading.Timer(0.1, lambda: (direct.stop("b"), direct.start("b"))).start()
 
     direct.before = stop
-    config = load(recipe, "client.local_steps=200")
+    config = load(recipe, "client.local_steps=40")
     assert_equal(federate(config, direct), simulate(config, tmp_path / "store"))
     assert stopped
 

@@ -6,7 +6,10 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from fedit.engines.channel import Header, call
+from fedit.engines.channel import ChannelError, Header, call
+
+Traffic = dict[str, dict[str, Any]]
+"""By site: the bytes of its calls, ``down`` and ``up``, since the courier started, and when it ``answered`` last."""
 
 
 class Courier:
@@ -20,3 +23,10 @@ class Courier:
     def call(self, site: str, header: Mapping[str, Any], blob: bytes, timeout_s: float) -> tuple[Header, bytes]:
         """Return a site's reply; raises ChannelError where there was none within `timeout_s` seconds."""
         return call(self._socket, {**header, "site": site, "timeout_s": timeout_s}, blob, timeout_s + 5.0)
+
+    def sites(self) -> Traffic:
+        """Return the sites that the courier can call; none where there is no courier."""
+        try:
+            return call(self._socket, {"do": "sites"}, timeout_s=5.0)[0]["sites"]
+        except ChannelError:
+            return {}

@@ -75,19 +75,25 @@ class ServerCourier:
     def run(self) -> None:
         """Serve until the job is aborted."""
         sites = {proxy.name: proxy for proxy in collab.clients}
+        traffic = {name: {"down": 0, "up": 0, "answered": None} for name in sites}
         context = collab.context
         stopped = threading.Event()
 
         def handle(header: Header, blob: bytes) -> tuple[Header, bytes]:
             if header["do"] == "sites":
-                return {"sites": list(sites)}, b""
+                return {"sites": traffic}, b""
             site = header.pop("site")
             if site not in sites:
                 return {"error": "the site is not connected"}, b""
+            asked = json.dumps(header)
             try:
-                answer, reply = sites[site](timeout=header["timeout_s"]).call(json.dumps(header), blob)
+                answer, reply = sites[site](timeout=header["timeout_s"]).call(asked, blob)
             except Exception as error:  # noqa: BLE001 (FLARE raises what the far end raised)
                 return {"error": f"no answer from the site ({getattr(error, 'cause_type', type(error).__name__)})"}, b""
+            seen = traffic[site]
+            seen["down"] += len(asked) + len(blob)
+            seen["up"] += len(answer) + len(reply)
+            seen["answered"] = time.time()
             return json.loads(answer), reply
 
         def watch() -> None:

@@ -104,6 +104,10 @@ class Remote:
     def clients(self) -> Mapping[str, int]:
         return self._clients
 
+    def described(self) -> Mapping[str, Header]:
+        """Return what the sites that joined say of themselves, and how many seconds their clocks are ahead."""
+        return {name: site.described for name, site in self._sites.items() if site.clients}
+
     def run(self, tasks: Sequence[ClientTask]) -> Iterator[ClientUpdate | ClientFailure]:
         """Yield the results in the order of `tasks`, so that an update that is too long for an answer is fetched when
         its turn has come: one is in memory at a time.
@@ -153,6 +157,7 @@ class _Site:
     def __init__(self, name: str, config: RunConfig, transport: Transport, expected: Mapping[str, str]) -> None:
         self.name = name
         self.clients: dict[str, int] = {}
+        self.described: Header = {}
         self._config = config
         self._transport = transport
         self._expected = expected
@@ -175,7 +180,8 @@ class _Site:
         if "refused" in answer:
             raise SiteError(f"it refuses: {answer['refused']}")
         self.clients = {str(client): int(rows) for client, rows in answer["clients"].items()}
-        self._initial = answer["initial"]
+        self._initial = answer.pop("initial")
+        self.described = {**answer, "clock_ahead_s": float(answer.pop("clock")) - time.time()}
 
     def tune(self, tasks: Sequence[ClientTask], answers: Mapping[str, queue.Queue[_Answer]], deadline: float) -> None:
         """Put a result for each of `tasks` into its queue, as the clients finish."""

@@ -13,6 +13,7 @@ import logging
 import signal
 import sys
 import threading
+import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from hashlib import sha256
@@ -30,6 +31,7 @@ from fedit.engines.simulation import Simulation
 from fedit.engines.site_folder import SiteFolder
 from fedit.evaluation.heldout import mean_loss
 from fedit.interfaces import Adapter, ClientFailure, ClientTask, ConfigError, EncodedExample, FeditError
+from fedit.memory import memory_bytes
 from fedit.model import StackedModel
 from fedit.prepare import prepare_model, prepare_site
 
@@ -111,7 +113,7 @@ class Worker:
         self._changed.wait_for(lambda: self._joined or self._refused, _wait_s(header))
         if self._refused is not None:
             return {"refused": self._refused}, b""
-        return (self._joined.answer if self._joined else {"state": "loading"}), b""
+        return ({**self._joined.answer, "clock": time.time()} if self._joined else {"state": "loading"}), b""
 
     def _put(self, header: Header, blob: bytes) -> Reply:
         key, arrived = self._arriving
@@ -231,6 +233,9 @@ class Worker:
             "initial": digests(started.initial.tensors),
             "torch": torch.__version__,
             "device": str(started.model.device),
+            "memory_bytes": memory_bytes(config.engine, started.model.device),
+            "slots": started.model.max_slots,
+            "held_out": len(data.test),
         }
         return _Joined(config, started.model, data.clients, data.test, engine, started.initial, answer)
 
