@@ -54,7 +54,7 @@ def call(path: Path, header: Mapping[str, Any], blob: bytes = b"", timeout_s: fl
             if not connection.poll(timeout_s):
                 raise ChannelError(f"no reply from {path} within {timeout_s:g} s")
             return _receive(connection)
-        except (OSError, EOFError) as error:
+        except (OSError, EOFError, TypeError, ValueError) as error:
             raise ChannelError(f"the process behind {path} ended before it replied") from error
 
 
@@ -106,17 +106,21 @@ def _listen(path: Path) -> socket.socket:
 
 
 def _answer(connected: socket.socket, handle: Handle, open_ones: set[socket.socket]) -> None:
-    connected.settimeout(None)
-    with Connection(os.dup(connected.fileno())) as connection, suppress(OSError, EOFError):
-        header, blob = _receive(connection)
-        try:
-            reply = ({}, b"") if header.get("do") == "ping" else handle(header, blob)
-        except Exception as error:
-            log.exception("the call %s failed", header.get("do"))
-            reply = {"error": type(error).__name__}, b""
-        _send(connection, *reply)
-    open_ones.discard(connected)
-    connected.close()
+    try:
+        connected.settimeout(None)
+        with Connection(os.dup(connected.fileno())) as connection:
+            header, blob = _receive(connection)
+            try:
+                reply = ({}, b"") if header.get("do") == "ping" else handle(header, blob)
+            except Exception as error:
+                log.exception("the call %s failed", header.get("do"))
+                reply = {"error": type(error).__name__}, b""
+            _send(connection, *reply)
+    except (OSError, EOFError, TypeError, ValueError) as error:
+        log.info("a connection ended without an answer (%s)", error)
+    finally:
+        open_ones.discard(connected)
+        connected.close()
 
 
 def _send(connection: Connection, header: Mapping[str, Any], blob: bytes) -> None:
@@ -126,4 +130,6 @@ def _send(connection: Connection, header: Mapping[str, Any], blob: bytes) -> Non
 
 def _receive(connection: Connection) -> tuple[Header, bytes]:
     header = json.loads(connection.recv_bytes(MAX_HEADER))
+    if not isinstance(header, dict):
+        raise TypeError("a header is a JSON object")
     return header, connection.recv_bytes(MAX_BLOB)

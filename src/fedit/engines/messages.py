@@ -54,7 +54,7 @@ def unpack(layout: Layout, payload: bytes) -> dict[str, Tensor]:
     tensors, start = {}, 0
     for (name, shape), size in zip(layout, sizes, strict=True):
         numbers = np.frombuffer(payload, "<f4", size, start).copy()
-        tensors[name] = torch.from_numpy(numbers).view(*shape)
+        tensors[name] = torch.from_numpy(numbers).view(tuple(shape))
         start += 4 * size
     return tensors
 

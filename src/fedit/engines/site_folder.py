@@ -34,7 +34,7 @@ class SitePolicy(Table):
 class SiteConfig(Table):
     """The content of site.toml. Relative paths start at its folder."""
 
-    name: str = Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]*$")
+    name: str = Field(pattern=r"^[A-Za-z][A-Za-z0-9._-]*$")
     data: str
     """The rows: a file is one client; a folder is one client for each file, and so is a client column."""
     test_data: str | None = None
@@ -66,9 +66,7 @@ class SiteFolder:
         try:
             return cls(path.absolute(), SiteConfig.model_validate(tomllib.loads(file.read_text(encoding="utf-8"))))
         except OSError as error:
-            raise ConfigError(
-                f"{path} is no folder of a site: {file.name} cannot be read ({error.strerror})."
-            ) from error
+            raise ConfigError(f"{path} is no site's folder: {file.name} cannot be read ({error.strerror}).") from error
         except tomllib.TOMLDecodeError as error:
             raise ConfigError(f"{file} is no TOML: {error}.") from error
         except ValidationError as error:

@@ -1,0 +1,121 @@
+"""What real sites cost: seconds of a round and peak memory of every process, by the size of the adapter.
+
+    python benchmarks/federation.py --model MODEL --data ROWS [--ranks 124,2480,12400] [--sites 1] [--upload bf16]
+
+One server and its sites on this machine, behind NVIDIA FLARE with mutual TLS; two rounds of one step of one row, so
+that nearly all is transport. The same rounds in simulation stand beside.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import shutil
+import signal
+import subprocess
+import sys
+import tempfile
+import time
+from pathlib import Path
+
+import psutil
+
+from fedit.engines.courier import Courier
+
+FEDIT = [sys.executable, "-m", "fedit.cli"]
+RECIPE = """
+rounds = 2
+model = {{ path = "{model}" }}
+adapter = {{ rank = {rank}, alpha = {rank} }}
+data = {{ path = "{data}", max_length = 128 }}
+partition = {{ name = "{partition}", num_clients = {sites} }}
+client = {{ local_steps = 1, batch_size = 1 }}
+upload = {{ quantizer = "{upload}" }}
+evaluation = {{ every = 0, baselines = false, max_new_tokens = 0 }}
+engine = {{ slots = 1, join_s = 600 }}
+"""
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--model", required=True)
+    parser.add_argument("--data", required=True, help="a file of rows; every site has all of them")
+    parser.add_argument("--ranks", default="124,2480,12400")
+    parser.add_argument("--sites", type=int, default=1)
+    parser.add_argument("--upload", default="fp32")
+    parser.add_argument("--port", type=int, default=18077)
+    arguments = parser.parse_args()
+    names = [f"site{index}" for index in range(arguments.sites)]
+    with tempfile.TemporaryDirectory(prefix="fedit-") as temporary:
+        folder = Path(temporary)
+        run([*FEDIT, "federation", "init", folder / "f", "--sites", ",".join(names), "--port", arguments.port])
+        server = folder / "f" / "server"
+        processes = [start(folder, "serve", "federation", "serve", server)]
+        for name in names:
+            site = folder / "f" / "sites" / name
+            (site / "site.toml").write_text(f'name = "{name}"\ndata = "{arguments.data}"\n')
+            processes.append(start(folder, name, "site", "start", site))
+        try:
+            while len(Courier(server).sites()) < len(names):
+                time.sleep(0.5)
+            print(f"| {' | '.join(COLUMNS)} |")
+            print("|---" * len(COLUMNS) + "|", flush=True)
+            for rank in arguments.ranks.split(","):
+                measure(folder, server, arguments, int(rank))
+        finally:
+            for process in processes:
+                process.send_signal(signal.SIGTERM)
+            for process in processes:
+                process.wait()
+
+
+def measure(folder: Path, server: Path, arguments: argparse.Namespace, rank: int) -> None:
+    seconds, peaks = {}, {}
+    for kind in ("federation", "simulation"):
+        recipe, out = folder / f"{kind}-{rank}.toml", folder / f"{kind}-{rank}"
+        partition = "iid" if kind == "simulation" else "natural"
+        text = RECIPE.format(partition=partition, rank=rank, **vars(arguments))
+        recipe.write_text(text if kind == "simulation" else text.replace(f", num_clients = {arguments.sites}", ""))
+        command = ["run", recipe] if kind == "simulation" else ["federation", "run", recipe, "--server", server]
+        run([*FEDIT, *command, "--out", out])
+        timing = [json.loads(line) for line in (out / "timings.jsonl").read_text().splitlines()][1]
+        seconds[kind], peaks[kind] = timing["seconds"], timing["peak_memory_bytes"]
+        if kind == "federation":
+            adapter = json.loads((out / "rounds.jsonl").read_text().splitlines()[0])["bytes_down"] / arguments.sites
+            peaks |= {name: peak_memory(folder, words) for name, words in PROCESSES.items()}
+        shutil.rmtree(out)
+    cells = [str(rank), f"{adapter / 1e6:.1f} MB", f"{seconds['federation']:.1f} s", f"{seconds['simulation']:.1f} s"]
+    cells += [f"{peaks[name] / 1e9:.2f} GB" for name in ("federation", *PROCESSES)]
+    print(f"| {' | '.join(cells)} |", flush=True)
+
+
+COLUMNS = ["rank", "adapter", "round 2", "in simulation", "server", "its courier", "worker", "its courier"]
+PROCESSES = {"server": ("runner_process",), "worker": ("fedit.engines.site",), "site": ("worker_process",)}
+"""What the command of each process names"""
+
+
+def peak_memory(folder: Path, words: tuple[str, ...]) -> int:
+    """Return the largest resident memory, in bytes, that any process had whose command names the folder and `words`."""
+    peaks = [0]
+    for process in psutil.process_iter(["cmdline"]):
+        line = " ".join(process.info["cmdline"] or [])
+        if str(folder) in line and all(word in line for word in words):
+            status = Path(f"/proc/{process.pid}/status").read_text()
+            peaks.append(int(status.partition("VmHWM:")[2].split()[0]) * 1024)
+    return max(peaks)
+
+
+def start(folder: Path, name: str, *arguments: object) -> subprocess.Popen[bytes]:
+    with (folder / f"{name}.log").open("wb") as output:
+        return subprocess.Popen([*FEDIT, *map(str, arguments)], stdout=output, stderr=output, env=os.environ)
+
+
+def run(command: list[object]) -> None:
+    done = subprocess.run(list(map(str, command)), capture_output=True, text=True, check=False)
+    if done.returncode:
+        sys.exit(f"{done.stderr}\nfailed: {' '.join(map(str, command))}")
+
+
+if __name__ == "__main__":
+    main()

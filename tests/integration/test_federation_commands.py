@@ -1,0 +1,102 @@
+"""What the commands of a federation refuse, and say."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from fedit import federation
+from fedit.engines.site_folder import SiteFolder
+
+Fedit = Callable[..., Any]
+
+
+def test_init_makes_a_folder_for_everyone_and_adds_sites(fedit: Fedit, tmp_path: Path) -> None:
+    pytest.importorskip("nvflare", reason="needs fedit[nvflare]")
+    folder = tmp_path / "fed"
+    assert fedit("federation", "init", folder, "--sites", "north,south", "--host", "fl.example.org").status == 0
+    key = folder / "sites" / "north" / "kit" / "startup" / "client.key"
+    before = key.read_bytes()
+    assert key.stat().st_mode & 0o077 == 0
+    assert (folder / "server").stat().st_mode & 0o077 == 0
+    assert (folder / "authority").stat().st_mode & 0o077 == 0
+    assert SiteFolder.read(folder / "sites" / "north").config.policy.counts
+    (folder / "sites" / "north" / "site.toml").write_text('name = "north"\ndata = "mine.jsonl"\n')
+    assert fedit("federation", "init", folder, "--sites", "west", "--host", "fl.example.org").status == 0
+    assert key.read_bytes() == before
+    assert "mine.jsonl" in (folder / "sites" / "north" / "site.toml").read_text()
+    assert json.loads((folder / "server" / "federation.json").read_text())["sites"] == ["north", "south", "west"]
+    assert (folder / "sites" / "west" / "kit" / "startup" / "client.crt").is_file()
+    assert "fedit site start" not in (folder / "server" / "fedit-server.service").read_text()
+
+
+@pytest.mark.parametrize(
+    ("arguments", "says"),
+    [
+        (("--sites", ""), "names no site"),
+        (("--sites", "a,a"), "a name is there twice"),
+        (("--sites", "../x"), "--sites ../x"),
+        (("--sites", "7"), "--sites 7"),
+        (("--sites", "a", "--port", "0"), "--port 0: expected a number from 1 to 65535"),
+    ],
+)
+def test_init_refuses(fedit: Fedit, tmp_path: Path, arguments: tuple[str, ...], says: str) -> None:
+    done = fedit("federation", "init", tmp_path / "fed", *arguments)
+    assert done.status == 1
+    assert says in done.stderr
+    assert not (tmp_path / "fed" / "server").exists()
+
+
+def test_init_takes_no_folder_with_other_files(fedit: Fedit, tmp_path: Path) -> None:
+    (tmp_path / "fed").mkdir()
+    (tmp_path / "fed" / "thesis.tex").touch()
+    done = fedit("federation", "init", tmp_path / "fed", "--sites", "a")
+    assert done.status == 1
+    assert "holds other files" in done.stderr
+
+
+def test_an_engine_that_is_not_installed_is_said_with_the_command(
+    fedit: Fedit, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(federation.importlib.util, "find_spec", lambda name: None)
+    done = fedit("federation", "init", tmp_path / "fed", "--sites", "a")
+    assert done.status == 1
+    assert "pip install 'fedit[nvflare]'" in done.stderr
+
+
+def test_an_engine_of_another_version_is_said(fedit: Fedit, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    pytest.importorskip("nvflare", reason="needs fedit[nvflare]")
+    monkeypatch.setattr(federation.importlib.metadata, "version", lambda name: "2.8.3")
+    done = fedit("federation", "init", tmp_path / "fed", "--sites", "a")
+    assert done.status == 1
+    assert "nvflare 2.8.3 is installed; the server and every site need 2.9.0" in done.stderr
+
+
+def test_folders_of_another_kind_are_refused(fedit: Fedit, tmp_path: Path) -> None:
+    for command in (("federation", "serve"), ("federation", "status"), ("site", "start"), ("site", "log")):
+        done = fedit(*command, tmp_path)
+        assert done.status == 1, command
+        assert "federation init" in done.stderr or "is no site's folder" in done.stderr
+
+
+@pytest.mark.parametrize(
+    ("content", "says"),
+    [
+        ("name = ", "is no TOML"),
+        ('name = "a"', "data"),
+        ('name = "a"\ndata = "x"\ncolour = "red"', "colour"),
+        ('name = "a"\ndata = "x"\n[policy]\ncount = true', "counts"),
+        ('name = "a"\ndata = "x"\n[policy]\nmax_message_mb = 0', "max_message_mb"),
+    ],
+)
+def test_a_site_file_that_cannot_be_used_names_what_is_wrong(
+    fedit: Fedit, tmp_path: Path, content: str, says: str
+) -> None:
+    (tmp_path / "site.toml").write_text(content)
+    done = fedit("site", "log", tmp_path)
+    assert done.status == 1
+    assert says in done.stderr
