@@ -26,6 +26,7 @@ if TYPE_CHECKING:
 
 GROUP = 256
 """Neighbours among the sent numbers that share a scale."""
+Message = bytes | bytearray
 BITS = {"int8": 8, "int4": 4, "2-bit": 2, "sign": 1}
 
 
@@ -123,7 +124,7 @@ class Codec:
         rng = None if self._feedback else derive_rng(self._seed, "rounding", self._direction, round_index, sender)
         return head + _quantize(flat[positions], self._config.quantizer, rng)
 
-    def decode(self, message: bytes, shapes: Mapping[str, torch.Size], round_index: int) -> dict[str, Tensor]:
+    def decode(self, message: Message, shapes: Mapping[str, torch.Size], round_index: int) -> dict[str, Tensor]:
         """Return the tensors of a message, float32, zero where nothing was sent.
 
         Raises:
@@ -132,7 +133,8 @@ class Codec:
         size = sum(shape.numel() for shape in shapes.values())
         try:
             positions, used = self._read_positions(message, shapes, size, round_index)
-            values = _dequantize(message[used:], len(positions), self._config.quantizer)
+            count = positions.stop - positions.start if isinstance(positions, slice) else len(positions)
+            values = _dequantize(message[used:], count, self._config.quantizer)
         except (ValueError, IndexError) as error:
             raise RoundError(
                 f"a message of {len(message)} bytes is none of the codec {self._config.mask} x "
@@ -147,8 +149,8 @@ class Codec:
         return tensors
 
     def _read_positions(
-        self, message: bytes, shapes: Mapping[str, torch.Size], size: int, round_index: int
-    ) -> tuple[np.ndarray, int]:
+        self, message: Message, shapes: Mapping[str, torch.Size], size: int, round_index: int
+    ) -> tuple[np.ndarray | slice, int]:
         """Return the positions that a message holds, ascending, and the bytes that they took of it."""
         if self._ranks_kept < 1:
             num_ranks = sum(_rank_of(name, shape) for name, shape in shapes.items())
@@ -165,8 +167,8 @@ class Codec:
     def _count(self, size: int) -> int:
         return max(1, round(self._config.density * size))
 
-    def _known_positions(self, size: int, round_index: int) -> np.ndarray:
-        """Return the positions that follow from the round alone, the same for all clients."""
+    def _known_positions(self, size: int, round_index: int) -> np.ndarray | slice:
+        """Return the positions that follow from the round alone, the same for all clients; of neighbours, a slice."""
         if self._config.mask == "seeded":
             rng = derive_rng(self._seed, "mask", self._direction, round_index)
             return np.sort(rng.choice(size, self._count(size), replace=False))
@@ -176,8 +178,8 @@ class Codec:
             # An order for each pass: what happens in every other round only must not meet every other segment only.
             order = derive_rng(self._seed, "segments", self._direction, pass_index).permutation(num_segments)
             segment = int(order[turn])
-            return np.arange(size * segment // num_segments, size * (segment + 1) // num_segments)
-        return np.arange(size)
+            return slice(size * segment // num_segments, size * (segment + 1) // num_segments)
+        return slice(0, size)
 
 
 def _flat(tensors: Mapping[str, Tensor]) -> np.ndarray:
@@ -251,7 +253,7 @@ def _rice_encode(positions: np.ndarray, size: int) -> bytes:
     return _pack(gaps & ((1 << bits) - 1), bits) + np.packbits(unary).tobytes()
 
 
-def _rice_decode(message: bytes, count: int, size: int) -> tuple[np.ndarray, int]:
+def _rice_decode(message: Message, count: int, size: int) -> tuple[np.ndarray, int]:
     if not count:
         return np.zeros(0, dtype=np.int64), 0
     if count > size:
@@ -282,7 +284,7 @@ def _pack(values: np.ndarray, bits: int) -> bytes:
     return b"".join(np.packbits(((chunk[:, None] >> shifts) & 1).astype(np.uint8)).tobytes() for chunk in chunks)
 
 
-def _unpack(packed: bytes, bits: int, count: int) -> np.ndarray:
+def _unpack(packed: Message, bits: int, count: int) -> np.ndarray:
     if len(packed) != -(-count * bits // 8):
         raise ValueError("it is too short")
     values, places = np.zeros(count, dtype=np.int64), 1 << np.arange(bits - 1, -1, -1, dtype=np.int64)
@@ -332,7 +334,7 @@ def _levels(quantizer: str) -> tuple[float, float]:
     return {"int8": (127.0, 127.0), "int4": (7.0, 7.0), "2-bit": (1.5, 1.5)}[quantizer]
 
 
-def _dequantize(packed: bytes, count: int, quantizer: str) -> np.ndarray:
+def _dequantize(packed: Message, count: int, quantizer: str) -> np.ndarray:
     if quantizer in {"fp32", "bf16"}:
         width = 4 if quantizer == "fp32" else 2
         if len(packed) != width * count:
@@ -358,6 +360,6 @@ def _to_bfloat16(values: np.ndarray) -> bytes:
     return torch.from_numpy(np.ascontiguousarray(values)).bfloat16().view(torch.int16).numpy().astype("<i2").tobytes()
 
 
-def _of_bfloat16(packed: bytes) -> np.ndarray:
+def _of_bfloat16(packed: Message) -> np.ndarray:
     halves = torch.from_numpy(np.frombuffer(packed, dtype="<i2").astype(np.int16))
     return halves.view(torch.bfloat16).float().numpy()

@@ -17,7 +17,7 @@ from fedit.config import RunConfig
 from fedit.engines import remote
 from fedit.engines.channel import ChannelError, Header
 from fedit.engines.site_folder import SiteFolder
-from fedit.interfaces import Adapter, EngineError, RoundError
+from fedit.interfaces import Adapter, EngineError, FeditError, RoundError
 
 
 @pytest.fixture
@@ -188,6 +188,29 @@ def test_updates_that_are_not_finite_misshaped_or_huge_are_their_clients_failure
         _, (record,) = federate(config, direct)
         assert list(record.failures) == ["b"], reason
         assert reason in record.failures["b"], (reason, record.failures)
+
+
+@pytest.mark.parametrize(
+    "error", [MemoryError("no room for /data/rows.jsonl"), FeditError("/x could not be written: full")]
+)
+def test_training_that_fails_at_a_site_is_its_clients_failure(recipe: Path, direct: Direct, error: Exception) -> None:
+    """Out of memory, a full disk: told by its kind; the site goes on in the next round."""
+
+    def fail(site: str, header: Header) -> None:
+        if site == "b" and header["do"] == "train" and (joined := direct.workers["b"]._joined) is not None:
+            run = type(joined.engine).run
+            broken = lambda tasks: throw(error) if header["round"] == 0 else run(joined.engine, tasks)
+            joined.engine.run = broken  # type: ignore[method-assign]
+
+    direct.before = fail
+    _, records = federate(load(recipe, "rounds=2"), direct)
+    assert list(records[0].failures) == ["b"]
+    assert records[0].failures["b"] == f"{type(error).__name__} while it tuned; the site's own log says more"
+    assert not records[1].failures
+
+
+def throw(error: Exception) -> None:
+    raise error
 
 
 def test_too_few_sites_end_the_run_with_a_reason_for_each(recipe: Path, direct: Direct) -> None:

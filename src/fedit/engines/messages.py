@@ -9,13 +9,14 @@ import hashlib
 import json
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from functools import cached_property
 from typing import Any
 
 import numpy as np
 import torch
 from torch import Tensor
 
-from fedit.codec import Codec
+from fedit.codec import Codec, Message
 from fedit.interfaces import Adapter, ClientFailure, ClientTask, ClientUpdate, EngineError, FeditError
 from fedit.wire import side_of, side_tensors
 
@@ -28,21 +29,29 @@ class Packed:
     """Tensors as one array."""
 
     layout: list[list[Any]]
-    payload: bytes
+    payload: Message
     """float32, little endian"""
 
-    @property
+    @cached_property
     def key(self) -> str:
-        return hashlib.sha256(json.dumps(self.layout).encode() + self.payload).hexdigest()
+        """The array's name: a hash of its layout and its bits."""
+        digest = hashlib.sha256(json.dumps(self.layout).encode())
+        digest.update(self.payload)
+        return digest.hexdigest()
 
 
 def pack(tensors: Mapping[str, Tensor]) -> Packed:
     """Return tensors as one array, float32."""
     layout = [[name, list(tensor.shape)] for name, tensor in tensors.items()]
-    return Packed(layout, b"".join(_bytes(tensor) for tensor in tensors.values()))
+    payload = bytearray(4 * sum(tensor.numel() for tensor in tensors.values()))
+    start = 0
+    for tensor in tensors.values():  # not joined from parts, which would take the memory twice
+        payload[start : start + 4 * tensor.numel()] = _bytes(tensor)
+        start += 4 * tensor.numel()
+    return Packed(layout, payload)
 
 
-def unpack(layout: Layout, payload: bytes) -> dict[str, Tensor]:
+def unpack(layout: Layout, payload: Message) -> dict[str, Tensor]:
     """Return the tensors of an array.
 
     Raises:
@@ -59,8 +68,9 @@ def unpack(layout: Layout, payload: bytes) -> dict[str, Tensor]:
     return tensors
 
 
-def _bytes(tensor: Tensor) -> bytes:
-    return tensor.detach().cpu().float().contiguous().numpy().astype("<f4", copy=False).tobytes()
+def _bytes(tensor: Tensor) -> memoryview:
+    numbers = tensor.detach().cpu().float().contiguous().numpy().astype("<f4", copy=False)
+    return numbers.reshape(-1).view(np.uint8).data
 
 
 def digests(tensors: Mapping[str, Tensor]) -> dict[str, str]:
@@ -83,7 +93,7 @@ def pack_adapter(
     return packed, {"key": packed.key, "layout": packed.layout, "rank": adapter.rank, "alpha": adapter.lora_alpha}
 
 
-def unpack_adapter(about: Mapping[str, Any], payload: bytes, initial: Adapter) -> tuple[Adapter, dict[str, Tensor]]:
+def unpack_adapter(about: Mapping[str, Any], payload: Message, initial: Adapter) -> tuple[Adapter, dict[str, Tensor]]:
     """Return the adapter and the control variate of a message; what is not in it is as in `initial`."""
     tensors = unpack(about["layout"], payload)
     adapter, side, control = (
@@ -103,6 +113,8 @@ def pack_update(update: ClientUpdate, codec: Codec, round_index: int) -> tuple[d
     """Return an update as a header and a message: what the codec made of it, then the control variate's step."""
     message = codec.encode(update.update.tensors, round_index) if update.message is None else update.message
     control = pack(update.control_step)
+    if control.payload:
+        message += control.payload
     return {
         "client": update.client,
         "rank": update.update.rank,
@@ -111,13 +123,13 @@ def pack_update(update: ClientUpdate, codec: Codec, round_index: int) -> tuple[d
         "num_tokens": update.num_tokens,
         "loss": update.loss,
         "num_steps": update.num_steps,
-        "bytes": len(message),
+        "bytes": len(message) - len(control.payload),
         "control": control.layout,
-    }, message + control.payload
+    }, message
 
 
 def unpack_update(
-    about: Mapping[str, Any], blob: bytes, task: ClientTask, shared: Mapping[str, torch.Size], codec: Codec
+    about: Mapping[str, Any], blob: Message, task: ClientTask, shared: Mapping[str, torch.Size], codec: Codec
 ) -> ClientUpdate | ClientFailure:
     """Return the update of a client that was given `task`; whatever is wrong with the message is its failure."""
     try:
@@ -130,7 +142,7 @@ def unpack_update(
             loss=float(about["loss"]),
             num_steps=int(about["num_steps"]),
             control_step=unpack(about["control"], blob[about["bytes"] :]),
-            message=None if codec.is_plain else message,
+            message=None if codec.is_plain else bytes(message),
         )
     except (KeyError, TypeError, ValueError, OverflowError, FeditError) as error:
         return ClientFailure(task.client, f"the message is no update of this round ({error})")

@@ -165,7 +165,6 @@ class _Site:
         self._codec = upload_codec(config)
         self._was_absent = False
         self._trouble = ""
-        self._packed: dict[int, tuple[Packed, dict[str, Any]]] = {}
 
     def join(self, deadline: float) -> None:
         """Agree on the run's description, and learn the site's clients.
@@ -267,21 +266,20 @@ class _Site:
         """Send a message from byte `start` on; if nothing is left to send, its end once more."""
         size = len(packed.payload)
         for offset in range(min(start, size), max(size, 1), self._transport.piece_bytes):
-            piece = packed.payload[offset : offset + self._transport.piece_bytes]
+            piece = bytes(packed.payload[offset : offset + self._transport.piece_bytes])
             answer, _ = self._ask({"do": "put", "key": packed.key, "offset": offset, "size": size}, piece, deadline)
             if answer.get("missing") is not None:  # it has begun anew meanwhile
                 return
 
-    def _fetch(self, task: ClientTask, size: int, deadline: float) -> bytes:
+    def _fetch(self, task: ClientTask, size: int, deadline: float) -> bytearray:
         """Return an update's message piece by piece; a worker that was restarted tunes the client again."""
-        pieces: list[bytes] = []
-        num_bytes = 0
-        while num_bytes < size:
+        message = bytearray()
+        while len(message) < size:
             request = {
                 "do": "get",
                 "round": task.round_index,
                 "client": task.client,
-                "offset": num_bytes,
+                "offset": len(message),
                 "bytes": self._transport.piece_bytes,
             }
             answer, piece = self._ask(request, b"", deadline)
@@ -291,10 +289,9 @@ class _Site:
                         raise SiteError(again.reason)
                 continue
             if not piece:
-                raise SiteError(f"its update ended after {num_bytes:,} of {size:,} bytes")
-            pieces.append(piece)
-            num_bytes += len(piece)
-        return b"".join(pieces)
+                raise SiteError(f"its update ended after {len(message):,} of {size:,} bytes")
+            message += piece
+        return message
 
     def _ask(self, header: Header, blob: bytes, deadline: float, *, patient: bool = False) -> tuple[Header, bytes]:
         """Return the site's answer; calls are made again until they have one.

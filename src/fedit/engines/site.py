@@ -22,7 +22,7 @@ from typing import Any
 
 import torch
 
-from fedit.codec import upload_codec
+from fedit.codec import Message, upload_codec
 from fedit.config import RunConfig, load_plugins, parse_config
 from fedit.engines.channel import Header, serve
 from fedit.engines.client_store import ClientStore
@@ -49,7 +49,7 @@ class _Job:
     """Something that the server asked for: its results grow while it runs."""
 
     request: Header
-    payload: bytes
+    payload: Message
     results: list[tuple[Header, bytes]] = field(default_factory=list)
     running: bool = True
 
@@ -139,7 +139,7 @@ class Worker:
             size = 4 * sum(_numel(shape) for _, shape in header["adapter"]["layout"])
             if key != header["adapter"]["key"] or len(arrived) < size:
                 return {"missing": len(arrived) if key == header["adapter"]["key"] else 0}, b""
-            job.payload, restarted = bytes(arrived), True
+            job.payload, restarted = arrived, True
             self._job = job
             self._changed.notify_all()
         job, seen = self._job, 0 if restarted else int(header["seen"])
