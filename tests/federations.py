@@ -92,9 +92,9 @@ LOADING = threading.Lock()
 
 
 class _Worker(Worker):
-    def _load(self, described: RunConfig, expected: Mapping[str, str]) -> Any:
+    def _load(self, described: RunConfig, expected: Mapping[str, str], run: str) -> Any:
         with LOADING:
-            return super()._load(described, expected)
+            return super()._load(described, expected, run)
 
 
 class Direct:

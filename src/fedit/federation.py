@@ -2,14 +2,17 @@
 
 from __future__ import annotations
 
+import fcntl
 import importlib.metadata
 import importlib.util
 import json
 import logging
+import secrets
 import shutil
 import sys
 import threading
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any, Literal
@@ -82,9 +85,9 @@ def init_federation(folder: Path, federation: FederationConfig) -> None:
             raise ConfigError(explain(error, SiteConfig, f"--sites {site}: ")) from error
     if len(set(federation.sites)) < len(federation.sites):
         raise ConfigError(f"--sites {','.join(federation.sites)}: a name is there twice.")
-    server = folder / "server"
-    if (server / FILE).is_file():
-        before = read_federation(server)
+    server, authority = folder / "server", folder / "authority"
+    if (authority / FILE).is_file():  # the server's folder may be elsewhere by now
+        before = read_federation(authority)
         if (before.engine, before.host, before.port) != (federation.engine, federation.host, federation.port):
             raise ConfigError(
                 f"{folder} holds a federation of {before.engine} at {before.host}:{before.port}. Choose another folder."
@@ -96,7 +99,8 @@ def init_federation(folder: Path, federation: FederationConfig) -> None:
     from fedit.engines import nvflare
 
     nvflare.make_kits(folder, federation.host, federation.port, federation.sites)
-    write_json(server / FILE, federation.model_dump(mode="json"))
+    for place in (authority, server):
+        write_json(place / FILE, federation.model_dump(mode="json"))
     write_atomically(server / "fedit-server.service", _unit("server", "fedit federation serve").encode())
     for site in federation.sites:
         target = folder / "sites" / site
@@ -238,14 +242,36 @@ def run_federation(
         EngineError: nobody joined, or the base is not the one that the run was started on.
     """
     federation = read_federation(server)
+    with _only_one(server):
+        return _run(
+            config, federation, server, folder, notify, joined, recipe, plugin_files, stopped or threading.Event()
+        )
+
+
+def _run(
+    config: RunConfig,
+    federation: FederationConfig,
+    server: Path,
+    folder: Path,
+    notify: Notify,
+    joined: Callable[[SitesJoined], None],
+    recipe: str,
+    plugin_files: Sequence[Path],
+    stopped: threading.Event,
+) -> RunFolder:
     prepared = prepare_model(config)
     described = describe_run(config, prepared.model, prepared.weights_sha256, recipe, plugin_files)
     resumed = (folder / "partition.json").is_file()
     if resumed:
         check_base(folder, described)
-    engine = Remote(config, Courier(server), federation.sites, expected_of(prepared))
-    known = json.loads((folder / "partition.json").read_text())["clients"] if resumed else {}
-    missing = engine.join({client: about["rows"] for client, about in known.items()} or None)
+    before: dict[str, Any] = {"run": secrets.token_hex(8)}
+    if resumed:
+        before = json.loads((folder / "partition.json").read_text(encoding="utf-8"))
+    engine = Remote(config, Courier(server), federation.sites, expected_of(prepared), before["run"])
+    known = {client: about["rows"] for client, about in before.get("clients", {}).items()}
+    missing = engine.join(known or None)
+    if stopped.is_set():
+        raise StoppedError
     clients = engine.clients()
     check_clients(config, clients)
     joined(SitesJoined(clients, missing))
@@ -254,12 +280,12 @@ def run_federation(
         write_json(folder / "config.json", described)
         write_json(server / LAST_RUN, {"folder": str(folder.absolute())})
         holdings = {client: {"rows": rows, "categories": {}} for client, rows in clients.items()}
-        write_json(folder / "partition.json", {"clients": holdings})
+        write_json(folder / "partition.json", {"run": before["run"], "clients": holdings})
     state = load_state(folder / "checkpoints") or ServerState(0, prepared.initial)
     keep_lines(folder / "rounds.jsonl", state.round_index)
     keep_lines(folder / "timings.jsonl")
     notify(PhaseStarted("sites", config.rounds - state.round_index))
-    rounds = _Rounds(config, engine, folder, notify, stopped or threading.Event())
+    rounds = _Rounds(config, engine, folder, notify, stopped)
     state = train(config, engine, state, rounds.finish)
     save_adapter(state.adapter, config, prepared.model, folder / "adapter")
     write_report(folder)
@@ -311,11 +337,29 @@ def check_sites(config: RunConfig, server: Path) -> tuple[Mapping[str, Mapping[s
         EngineError: none is ready.
     """
     federation = read_federation(server)
-    prepared = prepare_model(config)
-    engine = Remote(config, Courier(server), federation.sites, expected_of(prepared))
-    missing = engine.join()
+    with _only_one(server):
+        prepared = prepare_model(config)
+        engine = Remote(config, Courier(server), federation.sites, expected_of(prepared))
+        missing = engine.join()
     check_clients(config, engine.clients())
     return engine.described(), missing
+
+
+@contextmanager
+def _only_one(server: Path) -> Iterator[None]:
+    """Let one process at a time ask the sites, or they would turn from one to the other.
+
+    Raises:
+        EngineError: another one does.
+    """
+    with (server / "run.lock").open("w") as lock:
+        try:
+            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except OSError as error:
+            raise EngineError(
+                f"Another `fedit federation run` or `check` uses {server}. Wait for it, or interrupt it."
+            ) from error
+        yield
 
 
 SHOWN_FAILURES = 10

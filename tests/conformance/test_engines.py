@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import json
 import random
 import threading
@@ -180,7 +181,7 @@ def test_updates_that_are_not_finite_misshaped_or_huge_are_their_clients_failure
         "scale": lambda header, blob: (results(header, rank=7), blob),
         "cannot be used": lambda header, blob: ({**header, "results": [{"client": "b"}]}, blob),
         "negative counts": lambda header, blob: (results(header, num_examples=-5), blob),
-        "training loss is not finite": lambda header, blob: (results(header, loss=float("inf")), blob),
+        "out of all bounds": lambda header, blob: (results(header, loss=float("inf")), blob),
     }
     config = federation_config(recipe, "rounds=1")
     for reason, change in changes.items():
@@ -249,7 +250,17 @@ def test_a_site_refuses_attackers_and_unknown_rules(recipe: Path, direct: Direct
     with pytest.raises(EngineError, match=r"\[attack\] is for simulations"):
         federate(load(recipe, "attack.name=sign-flip", 'attack.clients=["a"]'), direct)
     answer, _ = direct.call(
-        "a", {"do": "hello", "config": {"aggregation": {"name": "my-rule"}}, "expected": {}, "wait_s": 30}, b"", 60
+        "a",
+        {
+            "do": "hello",
+            "config": {"aggregation": {"name": "my-rule"}},
+            "expected": {},
+            "run": "0" * 16,
+            "session": "x",
+            "wait_s": 30,
+        },
+        b"",
+        60,
     )
     assert "my-rule" in answer["refused"]
 
@@ -318,6 +329,52 @@ def test_a_message_that_is_longer_than_the_site_allows_is_refused(recipe: Path, 
             federate(load(recipe, "rounds=2"), direct)
     finally:
         direct.close()
+
+
+def test_sites_that_claim_the_clients_of_others_do_not_take_part(recipe: Path, direct: Direct) -> None:
+    def claim(site: str, header: Header, reply: tuple[Header, bytes]) -> tuple[Header, bytes]:
+        answer, blob = reply
+        return ({**answer, "clients": {"a": 1000}} if site == "c" and "clients" in answer else answer), blob
+
+    direct.after = claim
+    _, records = federate(load(recipe, "rounds=1"), direct)
+    assert records[0].cohort == ["a", "b"]
+
+
+def test_a_run_after_another_starts_without_its_state(recipe: Path, direct: Direct, tmp_path: Path) -> None:
+    """What clients kept belongs to a run, though sites serve one after another."""
+    federate(load(recipe, "client.moments=keep"), direct)
+    for overrides in ((), ("client.moments=keep",)):
+        config = load(recipe, *overrides)
+        assert_equal(federate(config, direct), simulate(config, tmp_path / "store" / "-".join(overrides)))
+
+
+def test_many_clients_of_several_ranks_at_a_site_whose_worker_restarts(recipe: Path, tmp_path: Path) -> None:
+    """Their updates, too long for an answer, are fetched while others are tuned."""
+    folder = tmp_path / "many"
+    folder.mkdir()
+    (folder / "site.toml").write_text(
+        f'name = "all"\ndata = "{tmp_path / "rows"}"\ntest_data = "{tmp_path / "test.jsonl"}"\ndevice = "cpu"\n'
+    )
+    adapters = []
+    for restarts in (False, True):
+        direct = Direct({"all": SiteFolder.read(folder)})
+        count = itertools.count()
+
+        def restart(site: str, header: Header, direct: Direct = direct, count: itertools.count = count) -> None:
+            if header["do"] == "get" and next(count) == 3:
+                direct.stop("all")
+                direct.start("all")
+
+        if restarts:
+            direct.before = restart
+        try:
+            adapter, records = federate(load(recipe, "adapter.rank=[1,2]", "aggregation.name=hetlora"), direct)
+        finally:
+            direct.close()
+        assert not any(record.failures for record in records)
+        adapters.append(adapter)
+    assert_same_bits(*adapters)
 
 
 def test_a_site_hosts_many_clients(recipe: Path, tmp_path: Path) -> None:

@@ -169,7 +169,10 @@ def test_sites_run_no_code_that_arrives_and_no_class_but_the_courier(
     (custom / "mine.py").write_text(
         f"import pathlib\npathlib.Path({str(proof)!r}).write_text('ran')\nclass Site: pass\n"
     )
+    config = job / "app" / "config" / "config_fed_client.json"
+    config.write_text(config.read_text().replace("fedit.engines.nvflare.SiteCourier", "mine.Site"))
     assert "status FINISHED" in submit(deployment, job)
+    assert "BYOC not permitted" in logs_of(deployment.server)  # which has the same policy as the sites
     other = tmp_path / "other"
     nvflare.write_job(other, SITES)
     config = other / "app" / "config" / "config_fed_client.json"

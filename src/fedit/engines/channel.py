@@ -7,8 +7,10 @@ from __future__ import annotations
 
 import json
 import logging
+import math
 import os
 import socket
+import struct
 import threading
 from collections.abc import Callable, Mapping
 from contextlib import suppress
@@ -45,6 +47,9 @@ def call(path: Path, header: Mapping[str, Any], blob: bytes = b"", timeout_s: fl
         connected.settimeout(timeout_s)
         connected.connect(str(path))
         connected.settimeout(None)
+        bound = struct.pack("ll", math.ceil(timeout_s), 0)
+        for option in (socket.SO_SNDTIMEO, socket.SO_RCVTIMEO):  # so that no half of a message is waited for longer
+            connected.setsockopt(socket.SOL_SOCKET, option, bound)
     except OSError as error:
         connected.close()
         raise ChannelError(f"nobody listens at {path} ({error.strerror or error})") from error

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
@@ -20,6 +21,8 @@ from fedit.codec import Codec, Message
 from fedit.interfaces import Adapter, ClientFailure, ClientTask, ClientUpdate, EngineError, FeditError
 from fedit.wire import side_of, side_tensors
 
+LARGEST = 2**53
+"""Counts and losses beyond are no such."""
 Layout = Sequence[Sequence[Any]]
 """[name, shape] of each tensor, in the order in which they lie in the array"""
 
@@ -34,10 +37,15 @@ class Packed:
 
     @cached_property
     def key(self) -> str:
-        """The array's name: a hash of its layout and its bits."""
-        digest = hashlib.sha256(json.dumps(self.layout).encode())
-        digest.update(self.payload)
-        return digest.hexdigest()
+        """The array's name."""
+        return name_of(self.layout, self.payload)
+
+
+def name_of(layout: Layout, payload: Message) -> str:
+    """Return a hash of an array's layout and bits."""
+    digest = hashlib.sha256(json.dumps(layout).encode())
+    digest.update(payload)
+    return digest.hexdigest()
 
 
 def pack(tensors: Mapping[str, Tensor]) -> Packed:
@@ -57,7 +65,9 @@ def unpack(layout: Layout, payload: Message) -> dict[str, Tensor]:
     Raises:
         EngineError: the array is not as long as its layout says.
     """
-    sizes = [int(np.prod(shape, dtype=np.int64)) for _, shape in layout]
+    if any(not isinstance(n, int) or n < 0 for _, shape in layout for n in shape):
+        raise EngineError("a layout has sizes that are no counts")
+    sizes = [math.prod(shape) for _, shape in layout]
     if 4 * sum(sizes) != len(payload):
         raise EngineError(f"a message of {len(payload)} bytes has a layout of {sum(sizes)} float32 numbers")
     tensors, start = {}, 0
@@ -134,6 +144,9 @@ def unpack_update(
     """Return the update of a client that was given `task`; whatever is wrong with the message is its failure."""
     try:
         message = blob[: about["bytes"]]
+        counts = [int(about[name]) for name in ("num_examples", "num_tokens", "num_steps")]
+        if max(map(abs, counts)) > LARGEST or abs(float(about["loss"])) > LARGEST:
+            raise ValueError("a count or the loss is out of all bounds")
         return ClientUpdate(
             client=task.client,
             update=Adapter(codec.decode(message, shared, task.round_index), int(about["rank"]), float(about["alpha"])),
@@ -144,5 +157,5 @@ def unpack_update(
             control_step=unpack(about["control"], blob[about["bytes"] :]),
             message=None if codec.is_plain else bytes(message),
         )
-    except (KeyError, TypeError, ValueError, OverflowError, FeditError) as error:
+    except (KeyError, TypeError, ValueError, OverflowError, RuntimeError, FeditError) as error:
         return ClientFailure(task.client, f"the message is no update of this round ({error})")

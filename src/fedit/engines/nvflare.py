@@ -44,6 +44,8 @@ ALIVE_S = 12.0
 CHECK_S = 2.0
 START_S = 30.0
 """What a submitted job may take to start its couriers."""
+PAUSE_S = 15.0, 600.0
+"""First and longest pause between two new jobs for the same site."""
 ROOT_DAYS = 3650
 CONTROLLER = "nvflare.collab.runtime.controller.CollabController"
 EXECUTOR = "nvflare.collab.runtime.executor.CollabExecutor"
@@ -254,6 +256,8 @@ class _Keeper:
         self._job: str | None = None
         self._submitted = 0.0
         self._missed: dict[str, int] = {}
+        self._patience: dict[str, tuple[float, float]] = {}
+        """When a site may next cause a new job, and the pause before that"""
         self._alive: set[str] = set()
 
     def run(self, stopped: threading.Event) -> None:
@@ -268,10 +272,18 @@ class _Keeper:
                 if alive and (self._is_over() or time.monotonic() - self._submitted > START_S):
                     self._submit(alive)
                 continue
-            lost = {site for site in members & alive if self._is_lost(site)}
-            if lost or alive - members:
-                log.info("the job starts again: it lacks %s", ", ".join(sorted(lost | (alive - members))))
+            lacking = {site for site in members & alive if self._is_lost(site)} | (alive - members)
+            now = time.monotonic()
+            due = {site for site in lacking if now >= self._patience.get(site, (0.0, 0.0))[0]}
+            if due:
+                log.info("the job starts again: it lacks %s", ", ".join(sorted(due)))
+                for site in due:  # one that never answers is not to trouble the others for ever
+                    pause = min(PAUSE_S[1], 2 * self._patience.get(site, (0.0, PAUSE_S[0] / 2))[1])
+                    self._patience[site] = now + pause, pause
                 self._submit(alive)
+            for site in set(self._patience) - lacking:
+                if now > self._patience[site][0] + PAUSE_S[0]:
+                    del self._patience[site]
 
     def _connected(self) -> set[str]:
         now = time.time()

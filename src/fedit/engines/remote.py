@@ -15,7 +15,9 @@ So any process on the way may be killed, and the call is made again.
 from __future__ import annotations
 
 import logging
+import math
 import queue
+import secrets
 import threading
 import time
 from collections import defaultdict
@@ -25,7 +27,7 @@ from typing import Any, Protocol
 from fedit.codec import upload_codec
 from fedit.config import RunConfig
 from fedit.engines.channel import ChannelError, Header
-from fedit.engines.messages import Packed, pack_adapter, unpack_update
+from fedit.engines.messages import LARGEST, Packed, pack_adapter, unpack_update
 from fedit.interfaces import Adapter, ClientFailure, ClientTask, ClientUpdate, EngineError
 
 log = logging.getLogger(__name__)
@@ -34,6 +36,8 @@ PATIENCE_S = 20.0
 """What a call waits for news before it answers that there are none."""
 CALL_S = 30.0
 """What a call may take beyond that, and beyond its bytes."""
+LONGEST_CALL_S = 240.0
+"""No call takes longer."""
 SLOWEST = 100_000
 """Bytes a second that a site's connection has at least."""
 RETRY_S = 0.5, 10.0
@@ -64,10 +68,22 @@ class SiteError(EngineError):
 class Remote:
     """The clients of all sites; `join` comes before the first round."""
 
-    def __init__(self, config: RunConfig, transport: Transport, sites: Sequence[str], expected: Mapping[str, str]):
-        """`expected` is what every site must have: hashes of the base's weights and the tokenizer, fedit's version."""
+    def __init__(
+        self,
+        config: RunConfig,
+        transport: Transport,
+        sites: Sequence[str],
+        expected: Mapping[str, str],
+        run: str | None = None,
+    ) -> None:
+        """Make the engine of a run.
+
+        `expected` is what every site must have: hashes of the base's weights and the tokenizer, fedit's version. `run`
+        names the run, 16 hexadecimal digits, so that its clients find what they kept when it is resumed.
+        """
         self._config = config
-        self._sites = {site: _Site(site, config, transport, expected) for site in sites}
+        names = {"run": run or secrets.token_hex(8), "session": secrets.token_hex(8)}
+        self._sites = {site: _Site(site, config, transport, expected, names) for site in sites}
         self._clients: dict[str, int] = {}
         self._site_of: dict[str, str] = {}
 
@@ -87,6 +103,9 @@ class Remote:
                 site.join(deadline)
             except SiteError as error:
                 reasons[site.name] = str(error)
+            except Exception as error:  # whatever it sends
+                log.exception("site %s", site.name)
+                reasons[site.name] = f"its answer cannot be used ({type(error).__name__})"
 
         _in_threads(join, list(self._sites.values()))
         joined = {client: rows for site in self._sites.values() for client, rows in site.clients.items()}
@@ -98,7 +117,7 @@ class Remote:
             if self._clients.get(client, rows) != rows:
                 raise EngineError(f"Client {client!r} has {rows} rows now and had {self._clients[client]} when the run "
                                   "was started. Restore its rows, or start a new run.")  # fmt: skip
-        self._site_of = {client: name for name, site in self._sites.items() for client in site.clients}
+        self._site_of = {client: client.partition("/")[0] for client in self._clients}
         return reasons
 
     def clients(self) -> Mapping[str, int]:
@@ -115,18 +134,17 @@ class Remote:
         deadline = time.monotonic() + self._config.engine.deadline_s
         by_site: dict[str, list[ClientTask]] = defaultdict(list)
         for task in tasks:
-            by_site[self._site_of.get(task.client, "")].append(task)
+            by_site[self._site_of[task.client]].append(task)
         answers: dict[str, queue.Queue[_Answer]] = {task.client: queue.Queue() for task in tasks}
         for site, its_tasks in by_site.items():
-            if site:
-                target = self._sites[site].tune
-                threading.Thread(target=target, args=(its_tasks, answers, deadline), daemon=True).start()
-            for task in its_tasks if not site else ():
-                answers[task.client].put(ClientFailure(task.client, "its site did not join"))
+            self._sites[site].begin(its_tasks, answers, deadline)
         for task in tasks:
-            answer = answers[task.client].get()  # every site's thread ends at the deadline
+            try:  # a site's thread ends a call's length after the deadline
+                answer = answers[task.client].get(timeout=max(0.0, deadline - time.monotonic()) + 2 * LONGEST_CALL_S)
+            except queue.Empty:
+                answer = ClientFailure(task.client, "no answer")
             if not isinstance(answer, ClientFailure):
-                answer = self._sites[self._site_of[task.client]].receive(task, answer, deadline)
+                answer = self._sites[self._site_of[task.client]].receive(task, answer)
             yield answer
 
     def evaluate(self, adapter: Adapter, round_index: int) -> dict[str, tuple[float, int]]:
@@ -142,6 +160,8 @@ class Remote:
                     losses[site.name] = loss
             except SiteError as error:
                 log.warning("site %s was not evaluated: %s", site.name, error)
+            except Exception:  # whatever it sends
+                log.exception("site %s was not evaluated", site.name)
 
         _in_threads(evaluate, [site for site in self._sites.values() if site.clients])
         return {name: losses[name] for name in self._sites if name in losses}
@@ -154,13 +174,23 @@ _Answer = ClientFailure | tuple[Header, bytes | None]
 class _Site:
     """The server's view of one site."""
 
-    def __init__(self, name: str, config: RunConfig, transport: Transport, expected: Mapping[str, str]) -> None:
+    def __init__(
+        self,
+        name: str,
+        config: RunConfig,
+        transport: Transport,
+        expected: Mapping[str, str],
+        names: Mapping[str, str],
+    ) -> None:
         self.name = name
         self.clients: dict[str, int] = {}
         self.described: Header = {}
         self._config = config
         self._transport = transport
         self._expected = expected
+        self._names = names
+        """Of the run and of the process that runs it: in every call"""
+        self._tuning: threading.Thread | None = None
         self._initial: dict[str, str] = {}
         self._codec = upload_codec(config)
         self._was_absent = False
@@ -178,11 +208,21 @@ class _Site:
                 raise SiteError("it was still loading at the deadline")
         if "refused" in answer:
             raise SiteError(f"it refuses: {answer['refused']}")
-        self.clients = {str(client): int(rows) for client, rows in answer["clients"].items()}
-        self._initial = answer.pop("initial")
+        clients = {str(client): int(rows) for client, rows in answer["clients"].items()}
+        if any(client.partition("/")[0] != self.name or rows < 1 for client, rows in clients.items()):
+            raise SiteError("it names clients that are not its own, or have no rows")
+        if self.clients and clients != self.clients:
+            raise SiteError("its clients, or their rows, are not what they were when it joined")
+        self._initial = {str(name): str(digest) for name, digest in answer.pop("initial").items()}
+        self.clients = clients
         self.described = {**answer, "clock_ahead_s": float(answer.pop("clock")) - time.time()}
 
-    def tune(self, tasks: Sequence[ClientTask], answers: Mapping[str, queue.Queue[_Answer]], deadline: float) -> None:
+    def begin(self, tasks: Sequence[ClientTask], answers: Mapping[str, queue.Queue[_Answer]], deadline: float) -> None:
+        """Let a thread put a result for each of `tasks` into its queue."""
+        self._tuning = threading.Thread(target=self._tune, args=(tasks, answers, deadline), daemon=True)
+        self._tuning.start()
+
+    def _tune(self, tasks: Sequence[ClientTask], answers: Mapping[str, queue.Queue[_Answer]], deadline: float) -> None:
         """Put a result for each of `tasks` into its queue, as the clients finish."""
         left = {task.client: task for task in tasks}
         try:
@@ -201,7 +241,7 @@ class _Site:
         for client in left:
             answers[client].put(ClientFailure(client, reason))
 
-    def receive(self, task: ClientTask, answer: tuple[Header, bytes | None], deadline: float) -> _Result:
+    def receive(self, task: ClientTask, answer: tuple[Header, bytes | None]) -> _Result:
         """Return the update that `answer` announces; what has not come along is fetched."""
         about, message = answer
         shared = task.adapter.only(self._config.aggregation.shared(task.round_index))
@@ -212,9 +252,12 @@ class _Site:
             if size > 2 * most:
                 return ClientFailure(task.client, f"an update of {size:,} bytes, where {most:,} are too many")
             if message is None:
-                message = self._fetch(task, size, deadline + self._config.engine.deadline_s)
+                message = self._fetch(task, size, time.monotonic() + self._config.engine.deadline_s)
         except SiteError as error:
             return ClientFailure(task.client, str(error))
+        except Exception as error:  # whatever a site sends, the round goes on without it
+            log.exception("site %s", self.name)
+            return ClientFailure(task.client, f"its answer cannot be used ({type(error).__name__})")
         return unpack_update(about, message, task, shapes, self._codec)
 
     def evaluate(self, adapter: Adapter, round_index: int, deadline: float) -> tuple[float, int] | None:
@@ -222,7 +265,8 @@ class _Site:
         request = {"do": "evaluate", "round": round_index, "adapter": about}
         for answer in self._news(request, packed, deadline):
             if not isinstance(answer, ClientFailure):
-                return float(answer[0]["loss"]), int(answer[0]["num_tokens"])
+                loss, num_tokens = float(answer[0]["loss"]), int(answer[0]["num_tokens"])
+                return (loss, num_tokens) if math.isfinite(loss) and 0 < num_tokens < LARGEST else None
             log.warning("site %s was not evaluated: %s", self.name, answer.reason)
         return None
 
@@ -242,6 +286,7 @@ class _Site:
         """Ask until everything is answered; yield what is new each time."""
         seen = 0
         while True:
+            self._check(deadline)
             answer, blob = self._ask({**request, "seen": seen}, b"", deadline, patient=True)
             if "missing" in answer:
                 self._put(packed, int(answer["missing"]), deadline)
@@ -259,8 +304,10 @@ class _Site:
             seen += len(answer["results"])
             if not answer["running"]:
                 return
-            if time.monotonic() > deadline:
-                raise SiteError(f"no answer within [engine] deadline_s = {self._config.engine.deadline_s:g} s")
+
+    def _check(self, deadline: float) -> None:
+        if time.monotonic() > deadline:
+            raise SiteError(f"no answer within [engine] deadline_s = {self._config.engine.deadline_s:g} s")
 
     def _put(self, packed: Packed, start: int, deadline: float) -> None:
         """Send a message from byte `start` on; if nothing is left to send, its end once more."""
@@ -274,21 +321,26 @@ class _Site:
     def _fetch(self, task: ClientTask, size: int, deadline: float) -> bytearray:
         """Return an update's message piece by piece; a worker that was restarted tunes the client again."""
         message = bytearray()
+        key = pack_adapter(task.adapter, task.control, self._initial)[0].key
         while len(message) < size:
+            self._check(deadline)
             request = {
                 "do": "get",
                 "round": task.round_index,
+                "key": key,
                 "client": task.client,
                 "offset": len(message),
                 "bytes": self._transport.piece_bytes,
             }
             answer, piece = self._ask(request, b"", deadline)
             if answer.get("gone"):
+                if self._tuning is not None:  # or the two would interrupt each other
+                    self._tuning.join(max(0.0, deadline - time.monotonic()))
                 for again in self._results([task], deadline):
                     if isinstance(again, ClientFailure):
                         raise SiteError(again.reason)
                 continue
-            if not piece:
+            if len(piece) < min(self._transport.piece_bytes, size - len(message)):
                 raise SiteError(f"its update ended after {len(message):,} of {size:,} bytes")
             message += piece
         return message
@@ -306,7 +358,8 @@ class _Site:
         while True:
             try:
                 timeout_s = wait_s + CALL_S + num_bytes / SLOWEST
-                answer, reply = self._transport.call(self.name, {**header, "wait_s": wait_s}, blob, timeout_s)
+                asked = {**header, **self._names, "wait_s": wait_s}
+                answer, reply = self._transport.call(self.name, asked, blob, timeout_s)
                 if "error" in answer:
                     raise ChannelError(str(answer["error"]))
             except ChannelError as error:
@@ -328,6 +381,7 @@ class _Site:
                 log.warning("site %s answers", self.name)
                 self._trouble = ""
             if "unjoined" in answer and header["do"] != "hello":
+                self._check(deadline)
                 self.join(deadline)
                 continue
             if "refused" in answer and header["do"] != "hello":

@@ -10,6 +10,8 @@ from __future__ import annotations
 
 import importlib.metadata
 import logging
+import math
+import re
 import signal
 import sys
 import threading
@@ -22,11 +24,11 @@ from typing import Any
 
 import torch
 
-from fedit.codec import Message, upload_codec
+from fedit.codec import upload_codec
 from fedit.config import RunConfig, load_plugins, parse_config
 from fedit.engines.channel import Header, serve
 from fedit.engines.client_store import ClientStore
-from fedit.engines.messages import digests, pack_update, unpack_adapter
+from fedit.engines.messages import digests, name_of, pack_update, unpack_adapter
 from fedit.engines.simulation import Simulation
 from fedit.engines.site_folder import SiteFolder
 from fedit.evaluation.heldout import mean_loss
@@ -49,7 +51,7 @@ class _Job:
     """Something that the server asked for: its results grow while it runs."""
 
     request: Header
-    payload: Message
+    payload: bytes = b""
     results: list[tuple[Header, bytes]] = field(default_factory=list)
     running: bool = True
 
@@ -57,6 +59,29 @@ class _Job:
     def key(self) -> tuple[Any, ...]:
         clients = tuple(self.request.get("clients", ()))
         return self.request["do"], self.request["round"], self.request["adapter"]["key"], clients
+
+    @property
+    def order(self) -> tuple[int, bool]:
+        """A round is tuned before it is evaluated."""
+        return int(self.request["round"]), self.request["do"] == "evaluate"
+
+    @property
+    def keys(self) -> list[_ResultKey]:
+        """What its clients' results are kept under."""
+        return [(self.request["round"], self.request["adapter"]["key"], c) for c in self.request.get("clients", ())]
+
+
+_ResultKey = tuple[int, str, str]
+"""Round, name of the received adapter, client"""
+
+
+@dataclass(eq=False)
+class _Arriving:
+    """A message of which pieces are here."""
+
+    key: str
+    size: int
+    content: bytearray = field(default_factory=bytearray)
 
 
 @dataclass(frozen=True, eq=False)
@@ -84,7 +109,11 @@ class Worker:
         self._joined: _Joined | None = None
         self._refused: str | None = None
         self._job: _Job | None = None
-        self._arriving: tuple[str, bytearray] = "", bytearray()
+        self._session = ""
+        """Which process asks"""
+        self._finished: dict[_ResultKey, tuple[Header, bytes]] = {}
+        """The updates of the latest round, whichever jobs they came of"""
+        self._arriving: _Arriving | None = None
         self._running: _Job | None = None
         """The job that `work` does; `_job` may be another already"""
         self._stopped = False
@@ -100,67 +129,91 @@ class Worker:
             "evaluate": self._news,
             "get": self._get,
         }
-        if header.get("do") not in answers:
-            return {"refused": f"this site does not know the call {header.get('do')!r}"}, b""
+        do = header.get("do")
+        if do not in answers:
+            return {"refused": f"this site does not know the call {do!r}"}, b""
         with self._changed:
-            return ({"error": "the worker is stopping"}, b"") if self._stopped else answers[header["do"]](header, blob)
+            if self._stopped:
+                return {"error": "the worker is stopping"}, b""
+            if do != "hello" and (self._joined is None or self._session != header.get("session")):
+                return {"unjoined": True}, b""
+            return answers[do](header, blob)
 
     def _hello(self, header: Header, blob: bytes) -> Reply:
-        wanted = {"config": header["config"], "expected": header["expected"]}
-        if self._described != wanted:
+        wanted = {key: header[key] for key in ("run", "config", "expected")}
+        if not re.fullmatch("[0-9a-f]{16}", str(wanted["run"])):
+            return {"refused": "the run has no name of 16 hexadecimal digits"}, b""
+        is_new = self._session != header["session"]
+        self._session = header["session"]
+        if self._described != wanted or (is_new and self._refused is not None):
             self._described, self._joined, self._refused, self._job = wanted, None, None, None
-            self._changed.notify_all()
-        self._changed.wait_for(lambda: self._joined or self._refused, _wait_s(header))
-        if self._refused is not None:
+            self._finished.clear()
+        self._changed.notify_all()
+        self._changed.wait_for(
+            lambda: self._stopped or self._described != wanted or self._joined or self._refused, _wait_s(header)
+        )
+        if self._described != wanted or not (self._joined or self._refused):
+            return {"state": "loading"}, b""
+        if self._joined is None:
             return {"refused": self._refused}, b""
-        return ({**self._joined.answer, "clock": time.time()} if self._joined else {"state": "loading"}), b""
+        return {**self._joined.answer, "clock": time.time()}, b""
 
     def _put(self, header: Header, blob: bytes) -> Reply:
-        key, arrived = self._arriving
-        if key != header["key"]:
-            key, arrived = header["key"], bytearray()
-            self._arriving = key, arrived
-        if header["size"] > self._folder.max_message_bytes:
+        key, offset, size = str(header["key"]), int(header["offset"]), int(header["size"])
+        if size > self._folder.max_message_bytes:
             most = self._folder.max_message_bytes
-            return {"refused": f"a message of {header['size']:,} bytes; this site takes {most:,} at most"}, b""
-        if header["offset"] > len(arrived):
+            return {"refused": f"a message of {size:,} bytes; this site takes {most:,} at most"}, b""
+        if self._arriving is None or (self._arriving.key, self._arriving.size) != (key, size):
+            self._arriving = _Arriving(key, size)
+        arrived = self._arriving.content
+        if not 0 <= offset <= len(arrived):
             return {"missing": len(arrived)}, b""
-        arrived[header["offset"] :] = blob
+        if len(arrived) < offset + len(blob) <= size:  # a piece that is heard twice changes nothing
+            arrived += blob[len(arrived) - offset :]
         return {}, b""
 
     def _news(self, header: Header, blob: bytes) -> Reply:
         """Return the results that the server has not seen; a job that is new begins."""
-        if self._joined is None:
-            return {"unjoined": True}, b""
-        job = _Job(header, b"")
-        restarted = False
+        job, began = _Job(header), False
+        earlier = self._job
+        if earlier is not None and earlier.request["session"] == self._session and job.order < earlier.order:
+            return {"error": "a call of an earlier round"}, b""
         if self._job is None or self._job.key != job.key:
-            key, arrived = self._arriving
-            size = 4 * sum(_numel(shape) for _, shape in header["adapter"]["layout"])
-            if key != header["adapter"]["key"] or len(arrived) < size:
-                return {"missing": len(arrived) if key == header["adapter"]["key"] else 0}, b""
-            job.payload, restarted = arrived, True
+            about = header["adapter"]
+            arriving = self._arriving
+            if arriving is None or arriving.key != about["key"]:
+                return {"missing": 0}, b""
+            if len(arriving.content) < arriving.size:
+                return {"missing": len(arriving.content)}, b""
+            if name_of(about["layout"], arriving.content) != about["key"]:
+                self._arriving = None
+                return {"missing": 0}, b""
+            job.payload, began = bytes(arriving.content), True
+            self._finished = {key: result for key, result in self._finished.items() if key[0] == header["round"]}
+            job.results = [self._finished[key] for key in job.keys if key in self._finished]
             self._job = job
             self._changed.notify_all()
-        job, seen = self._job, 0 if restarted else int(header["seen"])
-        self._changed.wait_for(lambda: len(job.results) > seen or not job.running or self._stopped, _wait_s(header))
-        if self._stopped:
-            return {"error": "the worker is stopping"}, b""
+        job, seen = self._job, 0 if began else int(header["seen"])
+        self._changed.wait_for(
+            lambda: len(job.results) > seen or not job.running or self._stopped or self._job is not job,
+            _wait_s(header),
+        )
+        if self._stopped or self._job is not job:
+            return {"error": "the worker turned to something else"}, b""
         results, parts, inline = [], [], int(header.get("inline", 0))
         for about, message in job.results[seen:]:
             comes_along = len(message) <= inline
             inline -= len(message) if comes_along else 0
             results.append({**about, "size": len(message), "inline": comes_along})
             parts.append(message if comes_along else b"")
-        return {"results": results, "running": job.running, "restarted": restarted}, b"".join(parts)
+        return {"results": results, "running": job.running, "restarted": began}, b"".join(parts)
 
     def _get(self, header: Header, blob: bytes) -> Reply:
-        job = self._job
-        if job is not None and job.request["round"] == header["round"]:
-            for about, message in job.results:
-                if about["client"] == header["client"] and "failure" not in about:
-                    return {}, message[header["offset"] : header["offset"] + header["bytes"]]
-        return {"gone": True}, b""
+        found = self._finished.get((header["round"], header["key"], header["client"]))
+        if found is None:
+            return {"gone": True}, b""
+        offset = max(0, int(header["offset"]))
+        return {}, found[1][offset : offset + max(0, int(header["bytes"]))]
 
     # -------------------------------------------------------------------------------------------------------- work
 
@@ -169,11 +222,11 @@ class Worker:
         while not self._stopped:
             with self._changed:
                 self._changed.wait_for(lambda: self._stopped or self._to_join() or self._to_do(), 1.0)
-                described, job = self._to_join(), self._to_do()
+                described, job, joined = self._to_join(), self._to_do(), self._joined
             if described is not None:
                 self._join(described)
-            elif job is not None:
-                self._run(job)
+            elif job is not None and joined is not None:
+                self._run(job, joined)
 
     def stop(self) -> None:
         with self._changed:
@@ -189,13 +242,10 @@ class Worker:
     def _join(self, described: Header) -> None:
         joined, refused = None, None
         try:
-            config = parse_config(described["config"])
-            self._folder.log("asked to join", run=config.digest())
-            joined = self._load(config, described["expected"])
+            self._folder.log("asked to join", run=described["run"])
+            joined = self._load(self._parse(described["config"]), described["expected"], described["run"])
         except RefusalError as refusal:
             refused = str(refusal)
-        except ConfigError as error:
-            refused = f"the run's description cannot be used here: {error}"
         except Exception as error:
             log.exception("the site cannot join")
             refused = f"{type(error).__name__} while it got ready; its own log says more"
@@ -203,9 +253,23 @@ class Worker:
             if self._described == described:
                 self._joined, self._refused = joined, refused
             self._changed.notify_all()
-        self._folder.log("joined" if joined else "refused", reason=refused, clients=joined and len(joined.clients))
+        self._note("joined" if joined else "refused", reason=refused, clients=joined and len(joined.clients))
 
-    def _load(self, described: RunConfig, expected: Mapping[str, str]) -> _Joined:
+    @staticmethod
+    def _parse(config: Header) -> RunConfig:
+        try:
+            return parse_config(config)
+        except ConfigError as error:  # of the server's words alone, so it may be told
+            raise RefusalError(f"the run's description cannot be used here: {error}") from error
+
+    def _note(self, event: str, **about: Any) -> None:
+        """Log what happened; a disk that is full does not end the worker."""
+        try:
+            self._folder.log(event, **about)
+        except FeditError:
+            log.exception("the site's log cannot be written")
+
+    def _load(self, described: RunConfig, expected: Mapping[str, str], run: str) -> _Joined:
         """Return the site ready to tune.
 
         Raises:
@@ -226,7 +290,7 @@ class Worker:
                     f"another {what}: SHA-256 {digest[:16]}... here, {expected[what][:16]}... at the server"
                 )
         data = started.with_margins(config, data)
-        store = ClientStore(self._folder.path / "clients", described.digest())
+        store = ClientStore(self._folder.state_of(run), described.digest())
         engine = Simulation(config, started.model, data.clients, store, self._step_done)
         answer = {
             "clients": {client: len(rows) if self._policy.counts else 1 for client, rows in data.clients.items()},
@@ -235,8 +299,9 @@ class Worker:
             "device": str(started.model.device),
             "memory_bytes": memory_bytes(config.engine, started.model.device),
             "slots": started.model.max_slots,
-            "held_out": len(data.test),
         }
+        if self._policy.counts:
+            answer["held_out"] = len(data.test)
         return _Joined(config, started.model, data.clients, data.test, engine, started.initial, answer)
 
     def _step_done(self, num_tokens: int) -> None:
@@ -244,15 +309,11 @@ class Worker:
         if self._stopped or job is None or job is not self._running:
             raise SupersededError
 
-    def _run(self, job: _Job) -> None:
+    def _run(self, job: _Job, joined: _Joined) -> None:
         self._running = job
         about = job.request
         num_clients = len(about.get("clients", ())) or None
-        self._folder.log(
-            f"asked to {about['do']}", round=about["round"], received=len(job.payload), clients=num_clients
-        )
-        joined = self._joined
-        assert joined is not None
+        self._note(f"asked to {about['do']}", round=about["round"], received=len(job.payload), clients=num_clients)
         try:
             adapter, control = unpack_adapter(about["adapter"], job.payload, joined.initial)
             if about["do"] == "evaluate":
@@ -260,7 +321,7 @@ class Worker:
             else:
                 self._tune(job, joined, adapter, control)
         except SupersededError:
-            self._folder.log("abandoned", round=about["round"])
+            self._note("abandoned", round=about["round"])
             return  # nobody is to think that it is done
         except Exception as error:
             log.exception("round %s failed", about["round"])
@@ -275,10 +336,11 @@ class Worker:
 
     def _tune(self, job: _Job, joined: _Joined, adapter: Adapter, control: Mapping[str, torch.Tensor]) -> None:
         about, codec = job.request, upload_codec(joined.config)
+        done = {result["client"] for result, _ in job.results}
         tasks = [
             ClientTask(client, about["round"], adapter, int(num_earlier), control)
             for client, num_earlier in about["clients"].items()
-            if client in joined.clients
+            if client in joined.clients and client not in done
         ]
         for client in about["clients"].keys() - joined.clients.keys():
             self._finish(job, {"client": client, "failure": "this site has no such client"}, b"")
@@ -286,13 +348,16 @@ class Worker:
             if isinstance(result, ClientFailure):
                 self._finish(job, {"client": result.client, "failure": result.reason}, b"")
                 continue
+            if not math.isfinite(result.loss):
+                self._finish(job, {"client": result.client, "failure": f"its training loss is {result.loss}"}, b"")
+                continue
             header, message = pack_update(result, codec, about["round"])
             if not self._policy.counts:
                 header["num_examples"] = 1
             if not self._policy.losses:
                 header |= {"loss": 0.0, "num_tokens": 0}
             norm = sum(float(t.double().square().sum()) for t in result.update.tensors.values()) ** 0.5
-            self._folder.log(
+            self._note(
                 "sent", round=about["round"], client=result.client, bytes=len(message), norm=norm,
                 sha256=sha256(message).hexdigest(),
             )  # fmt: skip
@@ -303,13 +368,19 @@ class Worker:
             self._finish(job, {"client": self._folder.name, "failure": "this site tells no losses"}, b"")
             return
         loss = mean_loss(joined.model, [adapter], joined.test)
+        if not math.isfinite(loss):
+            self._finish(job, {"client": self._folder.name, "failure": f"its held-out loss is {loss}"}, b"")
+            return
         num_tokens = sum(row.num_supervised for row in joined.test)
-        self._folder.log("told its loss", round=job.request["round"], loss=loss)
+        self._note("told its loss", round=job.request["round"], loss=loss)
         self._finish(job, {"client": self._folder.name, "loss": loss, "num_tokens": num_tokens}, b"")
 
     def _finish(self, job: _Job, about: Header, message: bytes) -> None:
         with self._changed:
             job.results.append((about, message))
+            if job.request["do"] == "train" and "failure" not in about:
+                key = job.request["round"], job.request["adapter"]["key"], about["client"]
+                self._finished[key] = about, message
             self._changed.notify_all()
 
 
@@ -321,13 +392,6 @@ def _wait_s(header: Header) -> float:
     return min(60.0, max(0.0, float(header.get("wait_s", 0.0))))
 
 
-def _numel(shape: Sequence[int]) -> int:
-    total = 1
-    for size in shape:
-        total *= int(size)
-    return total
-
-
 def main(arguments: Sequence[str]) -> None:
     """Serve a site's folder until SIGTERM."""
     logging.basicConfig(format="%(asctime)s %(levelname)s %(name)s: %(message)s", level=logging.INFO)
@@ -336,11 +400,23 @@ def main(arguments: Sequence[str]) -> None:
     worker, stopped = Worker(folder), threading.Event()
     for number in (signal.SIGTERM, signal.SIGINT):
         signal.signal(number, lambda *_: (stopped.set(), worker.stop()))
-    server = threading.Thread(target=serve, args=(folder.socket, worker.handle, stopped), daemon=True)
+    problems: list[BaseException] = []
+
+    def answer() -> None:
+        try:
+            serve(folder.socket, worker.handle, stopped)
+        except BaseException as error:  # a worker that nobody can call has no business
+            problems.append(error)
+            raise
+        finally:
+            worker.stop()
+
+    server = threading.Thread(target=answer, daemon=True)
     server.start()
     worker.work()
     stopped.set()
     server.join(timeout=5)
+    sys.exit(1 if problems else 0)
 
 
 if __name__ == "__main__":

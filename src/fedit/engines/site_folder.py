@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 import tomllib
 from collections.abc import Iterator
 from datetime import UTC, datetime
@@ -16,6 +17,9 @@ from fedit.config.explaining import explain
 from fedit.config.tables import Table
 from fedit.files import append_line
 from fedit.interfaces import ConfigError
+
+KEPT_RUNS = 4
+"""The private state of so many runs is kept, for one of them may be resumed."""
 
 
 class SitePolicy(Table):
@@ -80,6 +84,18 @@ class SiteFolder:
     def socket(self) -> Path:
         """Where the worker listens."""
         return self.path / "worker.sock"
+
+    def state_of(self, run: str) -> Path:
+        """Return where clients keep their state during a run; that of the oldest runs is dropped."""
+        runs = self.path / "clients"
+        if runs.is_dir():
+            others = sorted(
+                (folder for folder in runs.iterdir() if folder.name != run), key=lambda f: f.stat().st_mtime
+            )
+            for folder in others[: 1 - KEPT_RUNS]:
+                shutil.rmtree(folder, ignore_errors=True)
+        (runs / run).mkdir(parents=True, exist_ok=True)
+        return runs / run
 
     @property
     def max_message_bytes(self) -> int:
