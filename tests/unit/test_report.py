@@ -16,7 +16,7 @@ from fedit.evaluation.metrics import Prediction, summarise
 from fedit.interfaces import ConfigError, DataError
 from fedit.report import RunFolder, write_report
 from fedit.report import format as formats
-from fedit.report.finding import state_finding
+from fedit.report.finding import state_finding, state_sites
 from fedit.report.render import short_name
 from fedit.report.samples import choose_samples
 from fedit.report.terminal import final_table, preflight_table
@@ -478,3 +478,16 @@ def test_preflight_summarises_many_clients(tmp_path):
 )
 def test_formats(text, expected):
     assert text == expected
+
+
+def test_a_run_across_sites_states_what_they_measured() -> None:
+    rounds = [
+        {"round": 1, "test_loss": 3.5, "site_losses": {"a": 3.4, "b": 3.6}},
+        {"round": 2, "test_loss": 3.25, "site_losses": {"a": 3.0, "b": 3.5}},
+        {"round": 3, "test_loss": None},
+    ]
+    assert state_sites(rounds, 4) == (
+        "After 2 of 4 rounds the sites measured a held-out loss of 3.250 nats per response token; the worst of 2 is b "
+        "with 3.500."
+    )
+    assert state_sites([{"round": 1, "test_loss": 3.5}], 4) is None

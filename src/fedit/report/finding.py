@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 from fedit.report.format import METRIC_LABELS, interval, metric, number, percent, signed_interval
@@ -27,6 +27,24 @@ def state_finding(evaluation: Mapping[str, Any], rounds_done: int, rounds_planne
     if matches and max(matches) == 0:
         sentences.append("No answer of any model is an exact match.")
     return " ".join(sentence for sentence in sentences if sentence)
+
+
+def state_sites(rounds: Sequence[Mapping[str, Any]], rounds_planned: int) -> str | None:
+    """Return what sites measured of the last global adapter; None: the run is not across real sites."""
+    told = [line for line in rounds if line.get("site_losses")]
+    if not told:
+        return None
+    losses = told[-1]["site_losses"]
+    worst = max(losses, key=losses.__getitem__)
+    text = (
+        f"After {told[-1]['round']} of {rounds_planned} rounds the sites measured a held-out loss of "
+        f"{number(told[-1]['test_loss'])} nats per response token"
+    )
+    return (
+        f"{text}; the worst of {len(losses)} is {worst} with {number(losses[worst])}."
+        if len(losses) > 1
+        else f"{text}."
+    )
 
 
 def _value(model: Model, name: str) -> str:

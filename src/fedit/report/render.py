@@ -11,7 +11,7 @@ from jinja2 import Environment, PackageLoader, StrictUndefined
 from fedit.files import write_atomically
 from fedit.report import format as formats
 from fedit.report import plots
-from fedit.report.finding import state_finding
+from fedit.report.finding import state_finding, state_sites
 from fedit.report.folder import RunFolder
 from fedit.report.samples import choose_samples
 
@@ -52,7 +52,7 @@ def _sections(run: RunFolder) -> dict[str, Any]:
     return {
         "title": f"Federated instruction tuning of {_model_name(run)} on {_data_name(run)}",
         "recipe": run.config.get("recipe"),
-        "finding": state_finding(run.evaluation, len(run.rounds), planned),
+        "finding": state_sites(run.rounds, planned) or state_finding(run.evaluation, len(run.rounds), planned),
         "rounds_done": len(run.rounds),
         "rounds_planned": planned,
         "config": run.config,
