@@ -210,6 +210,18 @@ def test_training_that_fails_at_a_site_is_its_clients_failure(recipe: Path, dire
     assert not records[1].failures
 
 
+def test_a_worker_that_ends_in_every_training_fails_its_clients(recipe: Path, direct: Direct) -> None:
+    def restart(site: str, header: Header) -> None:
+        if site == "b" and header["do"] == "train" and header["round"] == 0:
+            direct.stop("b")
+            direct.start("b")
+
+    direct.before = restart
+    _, records = federate(load(recipe, "rounds=2"), direct)
+    assert records[0].failures == {"b": "its worker ended 4 times in this round"}
+    assert not records[1].failures
+
+
 def throw(error: Exception) -> None:
     raise error
 

@@ -38,6 +38,8 @@ CALL_S = 30.0
 """What a call may take beyond that, and beyond its bytes."""
 LONGEST_CALL_S = 240.0
 """No call takes longer."""
+MOST_RESTARTS = 3
+"""After so many restarts of a worker in a round its clients have failed."""
 SLOWEST = 100_000
 """Bytes a second that a site's connection has at least."""
 RETRY_S = 0.5, 10.0
@@ -191,6 +193,8 @@ class _Site:
         self._names = names
         """Of the run and of the process that runs it: in every call"""
         self._tuning: threading.Thread | None = None
+        self._num_restarts = 0
+        """Of its worker, in this round"""
         self._initial: dict[str, str] = {}
         self._codec = upload_codec(config)
         self._was_absent = False
@@ -219,6 +223,7 @@ class _Site:
 
     def begin(self, tasks: Sequence[ClientTask], answers: Mapping[str, queue.Queue[_Answer]], deadline: float) -> None:
         """Let a thread put a result for each of `tasks` into its queue."""
+        self._num_restarts = 0
         self._tuning = threading.Thread(target=self._tune, args=(tasks, answers, deadline), daemon=True)
         self._tuning.start()
 
@@ -382,6 +387,9 @@ class _Site:
                 self._trouble = ""
             if "unjoined" in answer and header["do"] != "hello":
                 self._check(deadline)
+                self._num_restarts += 1
+                if self._num_restarts > MOST_RESTARTS:
+                    raise SiteError(f"its worker ended {self._num_restarts} times in this round")
                 self.join(deadline)
                 continue
             if "refused" in answer and header["do"] != "hello":
