@@ -92,9 +92,9 @@ LOADING = threading.Lock()
 
 
 class _Worker(Worker):
-    def _load(self, described: RunConfig, expected: Mapping[str, str], run: str) -> Any:
+    def _load(self, config: RunConfig, expected: Mapping[str, str], run: str) -> Any:
         with LOADING:
-            return super()._load(described, expected, run)
+            return super()._load(config, expected, run)
 
 
 class Direct:

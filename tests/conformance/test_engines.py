@@ -15,7 +15,7 @@ import torch
 from federations import SITES, Direct, Finished, federate, load, simulate, write_recipe, write_site
 
 from fedit.config import RunConfig
-from fedit.engines import remote
+from fedit.engines import remote_site
 from fedit.engines.channel import ChannelError, Header
 from fedit.engines.site_folder import SiteFolder
 from fedit.interfaces import Adapter, EngineError, FeditError, RoundError
@@ -79,7 +79,7 @@ def test_a_call_that_is_lost_or_heard_twice_changes_nothing(
     recipe: Path, direct: Direct, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """A fifth of the calls is lost before the site hears them, a fifth of the answers on the way back."""
-    monkeypatch.setattr(remote, "RETRY_S", (0.01, 0.02))
+    monkeypatch.setattr(remote_site, "RETRY_S", (0.01, 0.02))
     chance = random.Random(0)
     lost = []
 

@@ -8,7 +8,6 @@ and the reasons that are written here; what goes wrong with a file or a row is t
 
 from __future__ import annotations
 
-import importlib.metadata
 import logging
 import math
 import re
@@ -20,22 +19,19 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from hashlib import sha256
 from pathlib import Path
-from typing import Any
-
-import torch
+from typing import TYPE_CHECKING, Any
 
 from fedit.codec import upload_codec
 from fedit.config import RunConfig, load_plugins, parse_config
 from fedit.engines.channel import Header, serve
-from fedit.engines.client_store import ClientStore
-from fedit.engines.messages import digests, name_of, pack_update, unpack_adapter
-from fedit.engines.simulation import Simulation
+from fedit.engines.joining import Joined, RefusalError, join_run
+from fedit.engines.messages import name_of, pack_update, unpack_adapter
 from fedit.engines.site_folder import SiteFolder
 from fedit.evaluation.heldout import mean_loss
-from fedit.interfaces import Adapter, ClientFailure, ClientTask, ConfigError, EncodedExample, FeditError
-from fedit.memory import memory_bytes
-from fedit.model import StackedModel
-from fedit.prepare import prepare_model, prepare_site
+from fedit.interfaces import Adapter, ClientFailure, ClientTask, ConfigError, FeditError
+
+if TYPE_CHECKING:
+    from torch import Tensor
 
 log = logging.getLogger(__name__)
 
@@ -84,19 +80,6 @@ class _Arriving:
     content: bytearray = field(default_factory=bytearray)
 
 
-@dataclass(frozen=True, eq=False)
-class _Joined:
-    """What a run's description made of the site."""
-
-    config: RunConfig
-    model: StackedModel
-    clients: Mapping[str, Sequence[EncodedExample]]
-    test: Sequence[EncodedExample]
-    engine: Simulation
-    initial: Adapter
-    answer: Header
-
-
 class Worker:
     """Answers calls (`handle`, in any thread) and does what they ask for (`work`, in one)."""
 
@@ -106,7 +89,7 @@ class Worker:
         self._changed = threading.Condition()
         self._described: Header | None = None
         """The description of the run that the site joined, or is joining"""
-        self._joined: _Joined | None = None
+        self._joined: Joined | None = None
         self._refused: str | None = None
         self._job: _Job | None = None
         self._session = ""
@@ -269,47 +252,15 @@ class Worker:
         except FeditError:
             log.exception("the site's log cannot be written")
 
-    def _load(self, described: RunConfig, expected: Mapping[str, str], run: str) -> _Joined:
-        """Return the site ready to tune.
-
-        Raises:
-            RefusalError: the run does not fit what is installed or allowed here.
-        """
-        version = importlib.metadata.version("fedit")
-        if version != expected["fedit"]:
-            raise RefusalError(f"fedit {version} is installed here, the server has {expected['fedit']}")
-        if described.attack is not None:
-            raise RefusalError("[attack] is for simulations: clients of a real federation act for themselves")
-        config = self._folder.localise(described)
-        data = prepare_site(config, self._folder.name)
-        started = prepare_model(config, list(data.clients.values()))
-        here = {"base": started.weights_sha256, "tokenizer": started.tokenizer_sha256}
-        for what, digest in here.items():
-            if digest != expected[what]:
-                raise RefusalError(
-                    f"another {what}: SHA-256 {digest[:16]}... here, {expected[what][:16]}... at the server"
-                )
-        data = started.with_margins(config, data)
-        store = ClientStore(self._folder.state_of(run), described.digest())
-        engine = Simulation(config, started.model, data.clients, store, self._step_done)
-        answer = {
-            "clients": {client: len(rows) if self._policy.counts else 1 for client, rows in data.clients.items()},
-            "initial": digests(started.initial.tensors),
-            "torch": torch.__version__,
-            "device": str(started.model.device),
-            "memory_bytes": memory_bytes(config.engine, started.model.device),
-            "slots": started.model.max_slots,
-        }
-        if self._policy.counts:
-            answer["held_out"] = len(data.test)
-        return _Joined(config, started.model, data.clients, data.test, engine, started.initial, answer)
+    def _load(self, config: RunConfig, expected: Mapping[str, str], run: str) -> Joined:
+        return join_run(self._folder, config, expected, run, self._step_done)
 
     def _step_done(self, num_tokens: int) -> None:
         job = self._job
         if self._stopped or job is None or job is not self._running:
             raise SupersededError
 
-    def _run(self, job: _Job, joined: _Joined) -> None:
+    def _run(self, job: _Job, joined: Joined) -> None:
         self._running = job
         about = job.request
         num_clients = len(about.get("clients", ())) or None
@@ -334,7 +285,7 @@ class Worker:
             job.running = False
             self._changed.notify_all()
 
-    def _tune(self, job: _Job, joined: _Joined, adapter: Adapter, control: Mapping[str, torch.Tensor]) -> None:
+    def _tune(self, job: _Job, joined: Joined, adapter: Adapter, control: Mapping[str, Tensor]) -> None:
         about, codec = job.request, upload_codec(joined.config)
         done = {result["client"] for result, _ in job.results}
         tasks = [
@@ -363,7 +314,7 @@ class Worker:
             )  # fmt: skip
             self._finish(job, header, message)
 
-    def _evaluate(self, job: _Job, joined: _Joined, adapter: Adapter) -> None:
+    def _evaluate(self, job: _Job, joined: Joined, adapter: Adapter) -> None:
         if not self._policy.evaluation:
             self._finish(job, {"client": self._folder.name, "failure": "this site tells no losses"}, b"")
             return
@@ -382,10 +333,6 @@ class Worker:
                 key = job.request["round"], job.request["adapter"]["key"], about["client"]
                 self._finished[key] = about, message
             self._changed.notify_all()
-
-
-class RefusalError(FeditError):
-    """Why the site does not take part: told to the server as it is."""
 
 
 def _wait_s(header: Header) -> float:

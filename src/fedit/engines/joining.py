@@ -1,0 +1,77 @@
+"""How a site joins a run: its own rows and base under the run's description, or the reason why it refuses."""
+
+from __future__ import annotations
+
+import importlib.metadata
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+
+import torch
+
+from fedit.config import RunConfig
+from fedit.engines.channel import Header
+from fedit.engines.client_store import ClientStore
+from fedit.engines.messages import digests
+from fedit.engines.simulation import Simulation
+from fedit.engines.site_folder import SiteFolder
+from fedit.interfaces import Adapter, EncodedExample, FeditError
+from fedit.memory import memory_bytes
+from fedit.model import StackedModel
+from fedit.prepare import prepare_model, prepare_site
+
+
+@dataclass(frozen=True, eq=False)
+class Joined:
+    """What a run's description made of the site."""
+
+    config: RunConfig
+    model: StackedModel
+    clients: Mapping[str, Sequence[EncodedExample]]
+    test: Sequence[EncodedExample]
+    engine: Simulation
+    initial: Adapter
+    answer: Header
+
+
+class RefusalError(FeditError):
+    """Why the site does not take part: told to the server as it is."""
+
+
+def join_run(
+    folder: SiteFolder,
+    described: RunConfig,
+    expected: Mapping[str, str],
+    run: str,
+    on_step: Callable[[int], None],
+) -> Joined:
+    """Return a site ready to tune for a run; `on_step` hears of the tokens of every step.
+
+    Raises:
+        RefusalError: the run does not fit what is installed or allowed here.
+    """
+    version = importlib.metadata.version("fedit")
+    if version != expected["fedit"]:
+        raise RefusalError(f"fedit {version} is installed here, the server has {expected['fedit']}")
+    if described.attack is not None:
+        raise RefusalError("[attack] is for simulations: clients of a real federation act for themselves")
+    config = folder.localise(described)
+    data = prepare_site(config, folder.name)
+    started = prepare_model(config, list(data.clients.values()))
+    here = {"base": started.weights_sha256, "tokenizer": started.tokenizer_sha256}
+    for what, digest in here.items():
+        if digest != expected[what]:
+            raise RefusalError(f"another {what}: SHA-256 {digest[:16]}... here, {expected[what][:16]}... at the server")
+    data = started.with_margins(config, data)
+    store = ClientStore(folder.state_of(run), described.digest())
+    engine = Simulation(config, started.model, data.clients, store, on_step)
+    answer = {
+        "clients": {client: len(rows) if folder.config.policy.counts else 1 for client, rows in data.clients.items()},
+        "initial": digests(started.initial.tensors),
+        "torch": torch.__version__,
+        "device": str(started.model.device),
+        "memory_bytes": memory_bytes(config.engine, started.model.device),
+        "slots": started.model.max_slots,
+    }
+    if folder.config.policy.counts:
+        answer["held_out"] = len(data.test)
+    return Joined(config, started.model, data.clients, data.test, engine, started.initial, answer)
