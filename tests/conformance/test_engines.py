@@ -17,8 +17,11 @@ from federations import SITES, Direct, Finished, federate, load, simulate, write
 from fedit.config import RunConfig
 from fedit.engines import remote_site
 from fedit.engines.channel import ChannelError, Header
+from fedit.engines.remote import Remote
 from fedit.engines.site_folder import SiteFolder
+from fedit.federation import expected_of
 from fedit.interfaces import Adapter, EngineError, FeditError, RoundError
+from fedit.prepare import prepare_model
 
 
 @pytest.fixture
@@ -240,6 +243,12 @@ def test_nobody_joins_within_the_deadline(recipe: Path, direct: Direct) -> None:
     direct.before = lambda site, header: cut_off()
     with pytest.raises(EngineError, match=r"No site joined within \[engine\] join_s = 1 s"):
         federate(federation_config(recipe, "engine.join_s=1"), direct)
+
+
+def test_a_run_is_not_resumed_without_a_site_that_it_was_started_with(recipe: Path, direct: Direct) -> None:
+    expected = expected_of(prepare_model(load(recipe)))
+    with pytest.raises(EngineError, match="no longer names: z"):
+        Remote(load(recipe), direct, list(SITES), expected).join({"a": 8, "z/1": 3})
 
 
 # ---------------------------------------------------------------------------------------------------------- handshake

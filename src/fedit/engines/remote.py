@@ -83,6 +83,8 @@ class Remote:
                 raise EngineError(f"Client {client!r} has {rows} rows now and had {self._clients[client]} when the run "
                                   "was started. Restore its rows, or start a new run.")  # fmt: skip
         self._site_of = {client: client.partition("/")[0] for client in self._clients}
+        if gone := sorted(set(self._site_of.values()) - self._sites.keys()):
+            raise EngineError(f"The run was started with sites that the federation no longer names: {', '.join(gone)}.")
         return reasons
 
     def clients(self) -> Mapping[str, int]:
