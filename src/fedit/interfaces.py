@@ -311,6 +311,17 @@ class Objective(Plugin):
         """The same of each client's own model, trained beside the shared one; None: there is none."""
         return None
 
+    @property
+    def shrinkage(self) -> float:
+        """The strength l of ``l sum ||B'||_F ||A'||_F`` over the layers, which is added to the loss; A' and B' are the
+        components after the first `kept_rank`.
+        """
+        return 0.0
+
+    def kept_rank(self, rank: int) -> int:
+        """Return the rank that a client's adapter of `rank` is cut to once the components after it have shrunk."""
+        return rank
+
     def preference_loss(self, margin: Tensor) -> Tensor:
         """Return the loss of every row by its margin, float64 [rows].
 

@@ -6,13 +6,14 @@ clients of the stack at once.
 
 from __future__ import annotations
 
+import math
 from typing import TYPE_CHECKING, ClassVar
 
 from pydantic import Field
 from torch import Tensor
 from torch.nn.functional import logsigmoid
 
-from fedit.interfaces import FACTORS, ConfigError, Objective
+from fedit.interfaces import FACTORS, ConfigError, Objective, plugins
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -110,6 +111,45 @@ class Ditto(Objective):
             raise ConfigError(
                 f'[objective] name = "ditto" keeps adapters of clients beside the shared one, but [aggregation] name = '
                 f"{rule.name!r} changes the factors' basis, or does not train and share both. Use fedit."
+            )
+
+
+class SelfPruning(Objective):
+    """Add strength sum ||B'||_F ||A'||_F over the layers, and give up A', B' where that sum fell (2401.06432).
+
+    A', B' are the last components of a client's factors, those after the first keep r_k of r_k. If a round ends with
+    the sum below that of what was received, the client returns the other components alone, and is sent no more from
+    then on: clients find their ranks themselves. One component stays; what the others held is lost. With B = 0 the
+    sum is zero, so nobody prunes in the first round. It is HetLoRA's, and works with every rule for mixed ranks.
+
+    >>> SelfPruning(keep=0.5).kept_rank(8), SelfPruning(keep=0.9).kept_rank(8), SelfPruning().kept_rank(1)
+    (4, 7, 1)
+    """
+
+    name: ClassVar[str] = "self-pruning"
+    strength: float = Field(default=0.01, ge=0)
+    keep: float = Field(default=0.75, gt=0, lt=1)
+
+    @property
+    def shrinkage(self) -> float:
+        return self.strength
+
+    def kept_rank(self, rank: int) -> int:
+        return max(1, math.floor(self.keep * rank + 1e-9))
+
+    def check(self, run: RunConfig) -> None:
+        rule = run.aggregation
+        if not rule.mixed_ranks:
+            able = [name for name, plugin in plugins("aggregation").items() if getattr(plugin, "mixed_ranks", False)]
+            raise ConfigError(
+                f'[objective] name = "self-pruning" gives clients different ranks, and [aggregation] name = '
+                f"{rule.name!r} needs equal ones. Use one of: {', '.join(able)}."
+            )
+        if run.client.moments == "keep" or not run.upload.is_plain:
+            raise ConfigError(
+                '[objective] name = "self-pruning" changes the shape of an adapter, so that nothing can be kept for '
+                'its next round, nor a message be read that does not say its shape. Use [client] moments = "reset", '
+                "and leave [upload] out."
             )
 
 

@@ -34,7 +34,7 @@ class StackedOptimizer:
 
     One slot's numbers equal those of ``torch.nn.utils.clip_grad_norm_`` followed by ``torch.optim.AdamW`` or
     ``torch.optim.SGD``. What a local objective adds to the loss beside the rows' own is added to the gradient in front
-    of the clip: ``pull / 2 ||x - anchor||^2`` and ``<correction, x>``.
+    of the clip: ``pull / 2 ||x - anchor||^2``, ``<correction, x>``, and what `shrink` says.
     """
 
     def __init__(self, model: Stack, config: ClientConfig, trained: Collection[str] = FACTORS) -> None:
@@ -47,6 +47,7 @@ class StackedOptimizer:
         self._pulls = np.zeros(model.num_slots)
         self._anchors: torch.Tensor | None = None
         self._corrections: torch.Tensor | None = None
+        self._shrinkages: dict[int, tuple[int, float]] = {}
 
     def start(self, slot: int, moments: Moments | None) -> None:
         """Give a slot the moments of an earlier training, or forget those that it has, and what was added."""
@@ -54,6 +55,7 @@ class StackedOptimizer:
         self._second[slot] = 0 if moments is None else moments.second
         self._steps[slot] = 0 if moments is None else moments.num_steps
         self._pulls[slot] = 0
+        self._shrinkages.pop(slot, None)
         if self._corrections is not None:
             self._corrections[slot] = 0
 
@@ -69,6 +71,10 @@ class StackedOptimizer:
         if self._corrections is None:
             self._corrections = torch.zeros_like(self._model.parameters)
         self._corrections[slot] = correction
+
+    def shrink(self, slot: int, kept_rank: int, strength: float) -> None:
+        """Add ``strength sum ||B'||_F ||A'||_F`` to a slot's loss from now on, of its components after `kept_rank`."""
+        self._shrinkages[slot] = kept_rank, strength
 
     def moments(self, slot: int) -> Moments:
         """Return a copy of what a slot remembers; of SGD, nothing but its steps."""
@@ -95,6 +101,9 @@ class StackedOptimizer:
             gradients.add_((parameters - self._anchors[slots, self._columns]) * self._column(self._pulls[slots]))
         if self._corrections is not None:
             gradients.add_(self._corrections[slots, self._columns])
+        for slot in range(slots.start, slots.stop):
+            if slot in self._shrinkages:
+                gradients[slot - slots.start].add_(self._shrinkage_gradient(slot)[self._columns])
         norms = gradients.norm(dim=1)
         if self._config.clip_norm is not None:
             gradients.mul_((self._config.clip_norm / (norms + 1e-6)).clamp(max=1.0)[:, None])
@@ -108,6 +117,20 @@ class StackedOptimizer:
         self._model.parameters_changed(slots)
         gradients.zero_()
         return norms.tolist()
+
+    def _shrinkage_gradient(self, slot: int) -> torch.Tensor:
+        """Return the gradient [d] of what `shrink` added; where a factor is zero, its own is taken as zero."""
+        assert isinstance(self._model, StackedModel)
+        kept_rank, strength = self._shrinkages[slot]
+        gradient = torch.zeros_like(self._model.parameters[slot : slot + 1])
+        parameters = self._model.views(self._model.parameters[slot : slot + 1])
+        for (_, (a, b)), (_, (a_gradient, b_gradient)) in zip(parameters, self._model.views(gradient), strict=True):
+            a_last, b_last = a[0, kept_rank:], b[0, :, kept_rank:]
+            a_norm, b_norm = a_last.norm(), b_last.norm()
+            smallest = torch.finfo(a_norm.dtype).tiny
+            a_gradient[0, kept_rank:] = strength * b_norm * (a_last / a_norm.clamp(min=smallest))
+            b_gradient[0, :, kept_rank:] = strength * a_norm * (b_last / b_norm.clamp(min=smallest))
+        return gradient[0]
 
     def _move_by_adamw(
         self, slots: slice, parameters: torch.Tensor, gradients: torch.Tensor, rates: np.ndarray

@@ -52,6 +52,8 @@ class ServerState:
     """The bytes of every round's compressed message to the clients; 0: it was not compressed, or there was none."""
     control: Mapping[str, Tensor] = field(default_factory=dict)
     """The mean of all clients' control variates, by tensor name."""
+    ranks: Mapping[str, int] = field(default_factory=dict)
+    """Of the clients that gave up some of the rank that they began with."""
 
 
 @dataclass(frozen=True)
@@ -72,6 +74,8 @@ class RoundRecord:
     """Sum over the cohort of the adapter files (safetensors, header included)."""
     tokens: int
     """That the shared adapter was trained on by all clients in this round, without padding."""
+    ranks: Mapping[str, int] = field(default_factory=dict)
+    """What clients of the cohort cut their adapters to in this round, where their objective does so."""
     test_loss: float | None = None
     """Of the new global adapter on the held-out rows, in the rounds that evaluate."""
     aggregation_s: float = field(default=0.0, compare=False)
@@ -106,9 +110,9 @@ def run_round(config: RunConfig, engine: Engine, state: ServerState) -> tuple[Se
     history = participation(config, clients, state.round_index)
     tasks = []
     for client in cohort:
-        adapter = state.adapter.cut(client_rank(config, clients, client))
+        adapter = state.adapter.cut(state.ranks.get(client, client_rank(config, clients, client)))
         tasks.append(ClientTask(client, state.round_index, adapter, len(history[client]), state.control))
-    answers = _Answers(tasks, config.aggregation.shared(state.round_index))
+    answers = _Answers(tasks, config.aggregation.shared(state.round_index), config.objective.kept_rank)
     updates = answers.updates(engine.run(tasks), config.cohort.min_updates)
     rng = derive_rng(config.seed, "aggregation", state.round_index)
     started = time.perf_counter()
@@ -135,13 +139,15 @@ def run_round(config: RunConfig, engine: Engine, state: ServerState) -> tuple[Se
         bytes_up=answers.bytes_up,
         bytes_down=sum(download_size(config, state, task, history[task.client]) for task in tasks),
         tokens=answers.num_tokens,
+        ranks=answers.ranks,
         aggregation_s=aggregation_s,
     )
     side_step_bytes = wire_size(side_tensors(result.side_step)) if result.side_step else 0
     messages = (*state.messages, message_bytes)
     control = _moved(state.control, answers.control_sum, 1 / len(clients))
+    ranks = {**state.ranks, **answers.ranks}
     return ServerState(
-        state.round_index + 1, adapter, optimizer_state, side_step_bytes, download_error, messages, control
+        state.round_index + 1, adapter, optimizer_state, side_step_bytes, download_error, messages, control, ranks
     ), record
 
 
@@ -210,12 +216,16 @@ class _Answers:
     tasks: Sequence[ClientTask]
     shared: Collection[str]
     """The factors that clients send"""
+    kept_rank: Callable[[int], int]
+    """What a client may cut an adapter of a rank to"""
     failures: dict[str, str] = field(default_factory=dict)
     loss_sum: float = 0.0
     num_tokens: int = 0
     bytes_up: int = 0
     control_sum: Mapping[str, Tensor] = field(default_factory=dict)
     """Of the changes of the clients' control variates"""
+    ranks: dict[str, int] = field(default_factory=dict)
+    """Of the updates of a lower rank than was sent"""
     waited_s: float = 0.0
     """For the clients, while somebody asked for their updates"""
 
@@ -232,12 +242,14 @@ class _Answers:
             while task.client not in waiting and (result := next(results, None)) is not None:
                 waiting[result.client] = result
             result = waiting.pop(task.client, ClientFailure(task.client, "no answer"))
-            failure = result.reason if isinstance(result, ClientFailure) else unusable(task, result, self.shared)
+            failure = result.reason if isinstance(result, ClientFailure) else self._unusable(task, result)
             if failure is not None:
                 self.failures[task.client] = failure
                 continue
             assert isinstance(result, ClientUpdate)
             num_usable += 1
+            if result.update.rank < task.adapter.rank:
+                self.ranks[task.client] = result.update.rank
             self.loss_sum += result.loss * result.num_tokens
             self.num_tokens += result.num_tokens
             if result.control_step:
@@ -254,6 +266,12 @@ class _Answers:
                 f"Round {self.tasks[0].round_index + 1} got {num_usable} usable updates of {len(self.tasks)}, needs "
                 f"[cohort] min_updates = {min_updates}. {reasons}. The checkpoint of the round before is intact."
             )
+
+    def _unusable(self, task: ClientTask, result: ClientUpdate) -> str | None:
+        kept_rank = self.kept_rank(task.adapter.rank)
+        if result.update.rank == kept_rank:
+            task = replace(task, adapter=task.adapter.cut(kept_rank))
+        return unusable(task, result, self.shared)
 
 
 def unusable(task: ClientTask, result: ClientUpdate, shared: Collection[str] = FACTORS) -> str | None:
@@ -307,6 +325,7 @@ def save_state(state: ServerState, folder: Path, keep: int = 2) -> None:
         "lora_alpha": state.adapter.lora_alpha,
         "side_step_bytes": state.side_step_bytes,
         "messages": state.messages,
+        "ranks": dict(state.ranks),
         "order": list(tensors),  # the file sorts its tensors, and sums over them in another order have other bits
     }
     content = save({name: tensor.contiguous() for name, tensor in tensors.items()}, {"fedit": json.dumps(about)})
@@ -339,7 +358,14 @@ def load_state(folder: Path) -> ServerState | None:
     )
     loaded = Adapter(adapter, about["rank"], about["lora_alpha"], side_of(side))
     return ServerState(
-        about["round_index"], loaded, optimizer, about["side_step_bytes"], error, tuple(about["messages"]), control
+        about["round_index"],
+        loaded,
+        optimizer,
+        about["side_step_bytes"],
+        error,
+        tuple(about["messages"]),
+        control,
+        about.get("ranks", {}),
     )
 
 

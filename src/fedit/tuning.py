@@ -138,6 +138,8 @@ def tune(
                 optimizer.pull(slot.index, stack.flat(task.anchor, task.adapter.rank), task.pull)
             if task.correction is not None:
                 optimizer.correct(slot.index, stack.flat(task.correction, task.adapter.rank))
+            if objective.shrinkage:
+                optimizer.shrink(slot.index, objective.kept_rank(task.adapter.rank), objective.shrinkage)
             slot.prepare(config.batch_size, objective)
             live.append(slot)
         if not live:

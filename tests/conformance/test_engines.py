@@ -58,6 +58,7 @@ def assert_same_bits(left: Adapter, right: Adapter) -> None:
         ("aggregation.name=fed-sb",),
         ("aggregation.name=lora-a2",),
         ("adapter.rank=[1,2,4]", "aggregation.name=hetlora"),
+        ("adapter.rank=[4,3,4]", "aggregation.name=hetlora", "objective.name=self-pruning", "objective.strength=10"),
         ("objective.name=scaffold", "client.optimizer=sgd", "client.clip_norm=none"),
         ("objective.name=ditto",),
         ("upload.mask=top-k", "upload.density=0.1", "upload.quantizer=int8", "download.quantizer=int8"),

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import json
 from pathlib import Path
 from typing import Any
@@ -95,10 +96,36 @@ def test_ditto_has_a_model_for_all_and_one_for_each(fedit, recipe, tmp_path) -> 
     assert fedit("export", out, "--merged", tmp_path / "one", "--client", "1").status == 0
 
 
-@pytest.mark.parametrize("objective", ["ditto", "scaffold"])
+PRUNING = ("objective.name=self-pruning", "objective.strength=10", "aggregation.name=hetlora", "adapter.rank=[4, 2]")
+
+
+@pytest.mark.parametrize("rule", ["hetlora", "flexlora", "raflora", "flora", "fedit-plus"])
+def test_clients_prune_their_ranks(fedit, recipe, tmp_path, rule: str) -> None:
+    """Once, in a round: then they send, and are sent, the ranks that they kept; nobody in the first, where B is 0."""
+    whole = run(
+        fedit, recipe, tmp_path / "whole", *PRUNING, f"aggregation.name={rule}", "objective.strength=0", "rounds=4"
+    )
+    rounds = run(fedit, recipe, tmp_path / "run", *PRUNING, f"aggregation.name={rule}", "rounds=4")
+    assert rounds[0]["ranks"] == {}
+    ranks = {"0": 4, "1": 2, "2": 4}
+    for before, line in itertools.pairwise(rounds):
+        for client, rank in line["ranks"].items():
+            assert rank == ranks[client] * 3 // 4
+            ranks[client] = rank
+        assert line["bytes_up"] <= before["bytes_up"]
+    if rule == "flora":  # B is 0 at the start of each round
+        assert ranks == {"0": 4, "1": 2, "2": 4}
+        return
+    assert ranks["1"] == 1
+    assert rounds[-1]["bytes_up"] < whole[-1]["bytes_up"]
+    assert rounds[-1]["bytes_down"] <= whole[-1]["bytes_down"]
+
+
+@pytest.mark.parametrize("objective", ["ditto", "scaffold", "self-pruning"])
 def test_what_clients_keep_is_there_after_a_resume(fedit, recipe, tmp_path, monkeypatch, objective: str) -> None:
     """Stopped after the first round by a full disk, in the second round of three."""
-    options = (f"objective.name={objective}", "rounds=3", *(SGD if objective == "scaffold" else ()))
+    more = {"scaffold": SGD, "self-pruning": PRUNING}
+    options = (f"objective.name={objective}", "rounds=3", *more.get(objective, ()))
     expected = run(fedit, recipe, tmp_path / "whole", *options)
     from fedit import experiment
 
@@ -152,6 +179,10 @@ def test_dpo_learns_what_is_preferred(fedit, recipe, tmp_path) -> None:
         (("objective.name=ditto", "aggregation.name=flora"), "changes the factors' basis"),
         (("objective.name=dpo",), "no rejected response"),
         (("objective.name=ditto", "aggregation.name=hetlora", "adapter.rank=[2, 1]"), "clients of equal rank"),
+        (("objective.name=self-pruning",), "needs equal ones. Use one of: hetlora, flora"),
+        ((*PRUNING, "client.moments=keep"), 'Use [client] moments = "reset"'),
+        ((*PRUNING, "upload.quantizer=int8"), "leave [upload] out"),
+        ((*PRUNING, "objective.keep=1"), "less than 1"),
         (("objective.name=fedprxo",), "Did you mean 'fedprox'?"),
         (("client.optimizer=sgd", "client.moments=keep"), "sgd has none"),
     ],

@@ -17,7 +17,7 @@ from fedit.config import AdapterConfig, ClientConfig
 from fedit.evaluation.heldout import preference_accuracy, with_reference_margins
 from fedit.interfaces import EncodedExample
 from fedit.model import StackedModel
-from fedit.objectives import DPO
+from fedit.objectives import DPO, SelfPruning
 from fedit.tuning import TuningTask, tune
 
 SHAPE = AdapterConfig(rank=4, alpha=8)
@@ -80,6 +80,37 @@ def test_a_correction_is_a_linear_term_of_the_loss(tiny_model_folder: Path) -> N
 
         expected = tune_with_peft(tiny_model_folder, task, SGD, torch.float64, loss_of=loss)
         assert relative_error(result.adapter.tensors, expected, task.adapter.tensors) < 1e-5
+
+
+@pytest.mark.parametrize("config", [ADAMW, SGD], ids=["adamw", "sgd"])
+@pytest.mark.parametrize("num_slots", [1, 3])
+def test_shrinkage_is_a_product_of_norms_in_the_loss(
+    tiny_model_folder: Path, config: ClientConfig, num_slots: int
+) -> None:
+    """Of the last components of each client, whatever its rank."""
+    model = load(tiny_model_folder, SHAPE, torch.float64)
+    objective = SelfPruning(strength=0.05, keep=0.5)
+    for result in tune(model, tasks(model), config, num_slots, objective=objective):
+        kept_rank = {4: 2, 3: 1}[result.task.adapter.rank]
+
+        def loss(peft: PeftModel, rows: Rows, trained: Trained, kept_rank: int = kept_rank) -> Tensor:
+            norms = [
+                trained[name][kept_rank:].norm() * trained[name.replace("lora_A", "lora_B")][:, kept_rank:].norm()
+                for name in trained
+                if "lora_A" in name
+            ]
+            return mean_loss(peft, rows) + 0.05 * sum(norms, torch.zeros(()))
+
+        expected = tune_with_peft(tiny_model_folder, result.task, config, torch.float64, loss_of=loss)
+        assert relative_error(result.adapter.tensors, expected, result.task.adapter.tensors) < 1e-5
+
+
+def test_shrinkage_of_an_untrained_adapter_is_no_division_by_zero(tiny_model_folder: Path) -> None:
+    model = load(tiny_model_folder, SHAPE)
+    task = TuningTask("a", make_examples(0, 6), model.fresh_adapter(np.random.default_rng(0)), 0, 3, 3, 0)
+    (result,) = tune(model, [task], ADAMW, 1, objective=SelfPruning(strength=1000.0))
+    assert result.failure is None
+    assert all(bool(tensor.isfinite().all()) for tensor in result.adapter.tensors.values())
 
 
 def pairs(seed: int, count: int) -> list[EncodedExample]:

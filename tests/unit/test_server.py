@@ -151,6 +151,45 @@ def test_every_client_receives_an_adapter_of_its_own_rank() -> None:
     assert record.bytes_down == record.bytes_up == 2 * wire_size(start.tensors) + wire_size(start.cut(1).tensors)
 
 
+def test_a_client_that_prunes_its_rank_is_sent_no_more_from_then_on(tmp_path: Path) -> None:
+    received: list[int] = []
+
+    def pruned(task: ClientTask) -> ClientUpdate:
+        received.append(task.adapter.rank)
+        kept = replace(task, adapter=task.adapter.cut(max(1, task.adapter.rank // 2)))
+        return good(kept)
+
+    run = config(
+        adapter={"rank": 4, "alpha": 4},
+        aggregation="hetlora",
+        objective={"name": "self-pruning", "keep": 0.5},
+        rounds=3,
+    )
+    engine = FakeEngine(special={"c1": pruned})
+    state, record = run_round(run, engine, ServerState(0, random_adapter(0, rank=4)))
+    assert (record.failures, record.ranks, state.ranks) == ({}, {"c1": 2}, {"c1": 2})
+    save_state(state, tmp_path)
+    loaded = load_state(tmp_path)
+    assert loaded is not None
+    state, record = run_round(run, engine, loaded)
+    assert (record.ranks, state.ranks, received) == ({"c1": 1}, {"c1": 1}, [4, 2])
+    state, record = run_round(run, engine, state)
+    assert (record.ranks, state.ranks, received) == ({}, {"c1": 1}, [4, 2, 1])
+
+
+@pytest.mark.parametrize(("objective", "rank"), [("plain", 2), ("self-pruning", 1), ("self-pruning", 3)])
+def test_a_rank_that_the_objective_does_not_give_is_its_clients_failure(objective: str, rank: int) -> None:
+    def cut(task: ClientTask) -> ClientUpdate:
+        return good(replace(task, adapter=task.adapter.cut(rank)))
+
+    run = config(adapter={"rank": 4, "alpha": 4}, aggregation="hetlora", objective={"name": objective})
+    if objective == "self-pruning":
+        run = run.model_copy(update={"objective": run.objective.model_copy(update={"keep": 0.5})})
+    _, record = run_round(run, FakeEngine(special={"c1": cut}), ServerState(0, random_adapter(0, rank=4)))
+    assert set(record.failures) == {"c1"}
+    assert "shaped" in record.failures["c1"]
+
+
 # ------------------------------------------------------------------------------------------------------- failures
 
 

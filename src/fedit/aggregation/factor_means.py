@@ -72,8 +72,8 @@ class HetLoRA(Aggregation):
 
     A <- sum_k p_k [A_k; 0],  B <- sum_k p_k [B_k, 0], each rescaled from lora_alpha / r_k to the global scale, and p_k
     proportional to ||s_k B_k A_k||_F: who learned more counts more. A client receives the first r_k components. One
-    that nobody of the cohort has does nothing afterwards, and keeps its row of A, from which it can grow again. Its
-    clients do not prune their own ranks here, as the paper's also do.
+    that nobody of the cohort has does nothing afterwards, and keeps its row of A, from which it can grow again. The
+    paper's clients also find their ranks themselves: `[objective] name = "self-pruning"`.
 
     >>> HetLoRA().weighting
     'norm'

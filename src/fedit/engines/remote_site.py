@@ -134,7 +134,10 @@ class RemoteSite:
     def receive(self, task: ClientTask, answer: tuple[Header, bytes | None]) -> Result:
         """Return the update that `answer` announces; what has not come along is fetched."""
         about, message = answer
-        shared = task.adapter.only(self._config.aggregation.shared(task.round_index))
+        received = task.adapter
+        if about.get("rank") == (kept_rank := self._config.objective.kept_rank(received.rank)):
+            received = received.cut(kept_rank)
+        shared = received.only(self._config.aggregation.shared(task.round_index))
         shapes = {name: tensor.shape for name, tensor in shared.items()}
         most = 8 * sum(shape.numel() for shape in shapes.values()) + (1 << 16)
         try:

@@ -12,7 +12,16 @@ from torch import Tensor
 from fedit.codec import upload_codec
 from fedit.config import RunConfig
 from fedit.engines.client_store import ClientStore
-from fedit.interfaces import Adapter, ClientFailure, ClientTask, ClientUpdate, EncodedExample, derive_rng, derive_seed
+from fedit.interfaces import (
+    Adapter,
+    ClientFailure,
+    ClientTask,
+    ClientUpdate,
+    EncodedExample,
+    Objective,
+    derive_rng,
+    derive_seed,
+)
 from fedit.model import StackedModel
 from fedit.optimizer import Moments
 from fedit.tuning import TuningResult, TuningTask, tune
@@ -137,7 +146,8 @@ class Simulation:
         if config.client.moments == "keep":
             moments = result.moments
             kept |= {"first": moments.first, "second": moments.second, "num_steps": torch.tensor(moments.num_steps)}
-        update = {name: tuned - received.tensors[name] for name, tuned in result.adapter.only(shared).items()}
+        received, tuned = _pruned(received, result.adapter, config.objective)
+        update = {name: tensor - received.tensors[name] for name, tensor in tuned.only(shared).items()}
         control_step = {}
         if config.objective.control_variates:
             # c_k <- c_k - c + (x_received - x) / (sum of the learning rates)
@@ -165,6 +175,24 @@ class Simulation:
             control_step=control_step,
             message=message,
         )
+
+
+def _pruned(received: Adapter, tuned: Adapter, objective: Objective) -> tuple[Adapter, Adapter]:
+    """Return both without the last components, if the objective gives these up and the round made them smaller."""
+    kept_rank = objective.kept_rank(received.rank)
+    if kept_rank == received.rank or _last(tuned, kept_rank) >= _last(received, kept_rank):
+        return received, tuned
+    return received.cut(kept_rank), tuned.cut(kept_rank)
+
+
+def _last(adapter: Adapter, kept_rank: int) -> float:
+    """Return ``sum ||B'||_F ||A'||_F`` over the layers, of the components after `kept_rank`."""
+    tensors = adapter.tensors
+    return sum(
+        float(tensors[f"{module}.lora_A.weight"][kept_rank:].double().norm())
+        * float(tensors[f"{module}.lora_B.weight"][:, kept_rank:].double().norm())
+        for module in adapter.modules()
+    )
 
 
 def _minus(left: Mapping[str, Tensor], right: Mapping[str, Tensor]) -> dict[str, Tensor]:
