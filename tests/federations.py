@@ -180,13 +180,14 @@ def load(recipe: Path, *overrides: str) -> RunConfig:
 class Deployment:
     """A server and its sites as processes on loopback, started by the commands that an organisation uses."""
 
-    def __init__(self, folder: Path, rows: Path, model: Path, port: int) -> None:
+    def __init__(self, folder: Path, rows: Path, model: Path, port: int, engine: str) -> None:
         self.folder = folder
+        self.engine = engine
         self.server = folder / "server"
         self._processes: dict[str, subprocess.Popen[bytes]] = {}
-        fedit("federation", "init", folder, "--sites", ",".join(SITES), "--port", port)
+        fedit("federation", "init", folder, "--sites", ",".join(SITES), "--port", port, "--engine", engine)
         for site in SITES:
-            write_site(folder / "sites" / site, site, rows, f'model = "{model}"\n')
+            write_site(folder / "sites" / site, site, rows, f'model = "{model}"\nengine = "{engine}"\n')
 
     def start(self, *names: str) -> None:
         """Start the processes of the server or of sites."""
@@ -231,6 +232,18 @@ class Deployment:
         assert pids, f"no process runs {module} with {arguments}"
         for pid in pids:
             os.kill(pid, signal.SIGKILL)
+
+    def kill_courier(self, site: str) -> None:
+        """Kill what carries calls: at a site, and with Flower at the server as well."""
+        if self.engine == "nvflare":
+            self.kill("worker_process", str(self.site(site)))
+            return
+        self.kill("fedit.engines.flower.site", str(self.site(site)))
+        self.kill("fedit.engines.flower.server")
+
+    def kill_engine(self) -> None:
+        """Kill the engine's server."""
+        self.kill("server_train" if self.engine == "nvflare" else "flower_superlink")
 
     def kill_site(self, name: str) -> None:
         """Kill all processes of a site at once, as when its machine stops."""

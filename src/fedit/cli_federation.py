@@ -10,7 +10,7 @@ import threading
 import time
 from collections.abc import Callable, Mapping
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 from cyclopts import App, Parameter
 from rich.console import Group
@@ -49,19 +49,20 @@ def init(
     sites: Annotated[str, Parameter(help="The sites' names, with commas between")],
     host: Annotated[str, Parameter(help="The server's name or address, as the sites reach it")] = "localhost",
     port: int = 8002,
+    engine: Annotated[Literal["nvflare", "flower"], Parameter(help="What carries the messages")] = "nvflare",
 ) -> None:
     """Make the folders of the server and of every site: certificates, keys, settings, units for systemd.
 
     The same command with more sites adds these.
     """
-    from fedit.federation import FederationConfig, init_federation
+    from fedit.deployment import FederationConfig, init_federation
 
     names = tuple(name.strip() for name in sites.split(",") if name.strip())
     if not names:
         raise ConfigError("--sites names no site. Give names with commas between: --sites north,south")
     if not 1 <= port <= 65535:
         raise ConfigError(f"--port {port}: expected a number from 1 to 65535.")
-    init_federation(folder, FederationConfig(host=host, port=port, sites=names))
+    init_federation(folder, FederationConfig(engine=engine, host=host, port=port, sites=names))
     say(f"Server: {folder / 'server'}  (stays here, or goes to {host})")
     for name in names:
         say(f"Site:   {folder / 'sites' / name}  (goes to {name}, by a way that nobody else can read)")
@@ -73,11 +74,11 @@ def init(
 @federation_app.command
 def serve(server: Server, /) -> None:
     """Run the engine's server, which sites connect to, until it is interrupted."""
-    from fedit import federation
+    from fedit import deployment
 
-    config = federation.read_federation(server)
+    config = deployment.read_federation(server)
     say(f"Serving {len(config.sites)} sites at {config.host}:{config.port}. Logs: {server / 'logs'}")
-    _until_interrupted(lambda stopped: federation.serve(server, stopped))
+    _until_interrupted(lambda stopped: deployment.serve(server, stopped))
 
 
 @federation_app.command
@@ -214,12 +215,12 @@ def _status_table(status: Mapping[str, Any]) -> Group:
 @site_app.command
 def start(folder: Path, /) -> None:
     """Take part in the federation with the folder that its maker sent, until interrupted."""
-    from fedit import federation
+    from fedit import deployment
     from fedit.engines.site_folder import SiteFolder
 
     site = SiteFolder.read(folder)
     say(f"Site {site.name}: rows {site.config.data}. Logs: {site.path / 'logs'}. What leaves: fedit site log {folder}")
-    _until_interrupted(lambda stopped: federation.start_site(folder, stopped))
+    _until_interrupted(lambda stopped: deployment.start_site(folder, stopped))
 
 
 @site_app.command(name="log")

@@ -1,207 +1,35 @@
-"""A real federation: the server's folder, the processes of server and sites, a run of the rounds across the sites."""
+"""A run of the rounds across the sites of a real federation."""
 
 from __future__ import annotations
 
 import fcntl
 import importlib.metadata
-import importlib.util
 import json
 import logging
 import secrets
-import shutil
-import sys
 import threading
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
-from typing import Any, Literal
-
-from pydantic import Field, ValidationError
+from typing import Any
 
 from fedit.cohort import check_clients
-from fedit.config import RunConfig, Table, explain
+from fedit.config import RunConfig
+from fedit.deployment import FederationConfig, read_federation
 from fedit.engines.courier import Courier
 from fedit.engines.remote import Remote
-from fedit.engines.site_folder import SiteConfig, SiteFolder
-from fedit.engines.supervisor import Program, supervise
 from fedit.experiment import Notify, PhaseStarted, Progressed, RoundFinished, Watch, check_base, describe_run
 from fedit.export import save_adapter
-from fedit.files import append_line, keep_lines, write_atomically, write_json
-from fedit.interfaces import ConfigError, EngineError, FeditError
+from fedit.files import append_line, keep_lines, write_json
+from fedit.interfaces import EngineError, FeditError
 from fedit.prepare import PreparedModel, prepare_model
 from fedit.report import RunFolder, write_report
 from fedit.server import RoundRecord, ServerState, load_state, save_state, train
 
 log = logging.getLogger(__name__)
 
-Engine = Literal["nvflare"]
-FILE = "federation.json"
 LAST_RUN = "last-run.json"
-
-
-class FederationConfig(Table):
-    """The content of federation.json in the server's folder."""
-
-    engine: Engine = "nvflare"
-    host: str = Field(min_length=1)
-    """The server's name, or address, as the sites reach it: its certificate is for this one"""
-    port: int = Field(default=8002, ge=1, le=65535)
-    sites: tuple[str, ...] = Field(min_length=1)
-
-
-def read_federation(folder: Path) -> FederationConfig:
-    """Return the federation of a server's folder.
-
-    Raises:
-        ConfigError: it is none.
-    """
-    try:
-        return FederationConfig.model_validate_json((folder / FILE).read_text(encoding="utf-8"))
-    except OSError as error:
-        raise ConfigError(
-            f"{folder} is no server's folder: {folder / FILE} cannot be read ({error.strerror}). "
-            "`fedit federation init` makes one."
-        ) from error
-    except ValidationError as error:
-        raise ConfigError(explain(error, FederationConfig, f"{folder / FILE}: ")) from error
-
-
-# ---------------------------------------------------------------------------------------------------------- set-up
-
-
-def init_federation(folder: Path, federation: FederationConfig) -> None:
-    """Write what the server and each site need into ``server`` and ``sites/NAME`` of `folder`; sites that are there
-    already keep what they have.
-
-    Raises:
-        ConfigError: a name cannot be used, or `folder` holds another federation.
-        EngineError: the engine is not installed, or its provisioning failed.
-    """
-    for site in federation.sites:
-        try:
-            SiteConfig(name=site, data="rows.jsonl")
-        except ValidationError as error:
-            raise ConfigError(explain(error, SiteConfig, f"--sites {site}: ")) from error
-    if len(set(federation.sites)) < len(federation.sites):
-        raise ConfigError(f"--sites {','.join(federation.sites)}: a name is there twice.")
-    server, authority = folder / "server", folder / "authority"
-    if (authority / FILE).is_file():  # the server's folder may be elsewhere by now
-        before = read_federation(authority)
-        if (before.engine, before.host, before.port) != (federation.engine, federation.host, federation.port):
-            raise ConfigError(
-                f"{folder} holds a federation of {before.engine} at {before.host}:{before.port}. Choose another folder."
-            )
-        federation = before.model_copy(update={"sites": tuple(dict.fromkeys((*before.sites, *federation.sites)))})
-    elif folder.exists() and any(folder.iterdir()):
-        raise ConfigError(f"{folder} holds other files already. Choose a new or empty folder.")
-    require(federation.engine)
-    from fedit.engines import nvflare
-
-    nvflare.make_kits(folder, federation.host, federation.port, federation.sites)
-    for place in (authority, server):
-        write_json(place / FILE, federation.model_dump(mode="json"))
-    write_atomically(server / "fedit-server.service", _unit("server", "fedit federation serve").encode())
-    for site in federation.sites:
-        target = folder / "sites" / site
-        if not (target / "site.toml").is_file():
-            write_atomically(target / "site.toml", SITE_FILE.format(name=site).encode())
-            write_atomically(target / "fedit-site.service", _unit(f"site {site}", "fedit site start").encode())
-
-
-SITE_FILE = """\
-# What this site decides by itself. Relative paths start at this folder.
-name = "{name}"
-
-# A JSON, JSONL, CSV or Parquet file is one client; a folder is one client for each file in it.
-data = "rows.jsonl"
-# Held-out rows; without them some rows of each category are held out, as many as the run says.
-# test_data = "test.jsonl"
-# Where the columns have other names than the run expects: columns = {{ instruction = "question", response = "answer" }}
-
-# Where the base lies here; without it, the path or Hub name that the run says.
-# model = "/srv/models/base"
-device = "auto"
-
-# What may leave this site, beside the updates of its clients.
-[policy]
-counts = true       # how many rows each client has; false: each counts as one
-losses = true       # the training loss, and how many tokens were trained on
-evaluation = true   # the loss of the global adapter on the held-out rows
-max_message_mb = 4096
-"""
-
-
-def _unit(what: str, command: str) -> str:
-    program = shutil.which("fedit") or f"{sys.prefix}/bin/fedit"
-    return (
-        f"[Unit]\nDescription=fedit {what}\nAfter=network-online.target\nWants=network-online.target\n\n"
-        f"# Set the user, the program and the folder of this machine.\n[Service]\nUser=fedit\n"
-        f"ExecStart={program} {command.removeprefix('fedit ')} /srv/fedit\n"
-        "Restart=always\nRestartSec=10\nNoNewPrivileges=true\nPrivateTmp=true\nProtectSystem=full\n\n"
-        "[Install]\nWantedBy=multi-user.target\n"
-    )
-
-
-def require(engine: Engine) -> None:
-    """Refuse, with the command that mends it, an engine that is not installed or of another version.
-
-    Raises:
-        EngineError: as said.
-    """
-    wanted = _pin(engine)
-    if importlib.util.find_spec(engine) is None:
-        raise EngineError(f"The engine {engine} is not installed. Install it: pip install 'fedit[{engine}]'")
-    got = importlib.metadata.version(engine)
-    if got != wanted:
-        raise EngineError(
-            f"{engine} {got} is installed; the server and every site need {wanted}. pip install '{engine}=={wanted}'"
-        )
-
-
-def _pin(engine: Engine) -> str:
-    """Return the version that fedit's own metadata asks for."""
-    for requirement in importlib.metadata.requires("fedit") or ():
-        name, _, rest = requirement.partition("==")
-        if name == engine:
-            return rest.partition(";")[0].strip()
-    raise EngineError(f"This installation of fedit names no version of {engine}. Install it again.")
-
-
-# -------------------------------------------------------------------------------------------------------- processes
-
-
-def serve(folder: Path, stopped: threading.Event) -> None:
-    """Run the engine's server, and what keeps its couriers there, until `stopped`."""
-    federation = read_federation(folder)
-    require(federation.engine)
-    from fedit.engines import nvflare
-
-    folder = folder.absolute()
-    kit = folder / "kit"
-    programs = [
-        Program("engine", nvflare.server_command(folder), kit, {nvflare.SERVER: str(folder)}),
-        Program("keeper", [sys.executable, "-m", "fedit.engines.nvflare", str(folder)], folder),
-    ]
-    supervise(programs, folder / "logs", stopped)
-
-
-def start_site(folder: Path, stopped: threading.Event) -> None:
-    """Run a site's worker and its engine's client until `stopped`."""
-    site = SiteFolder.read(folder)
-    require("nvflare")
-    from fedit.engines import nvflare
-
-    programs = [
-        Program("worker", [sys.executable, "-m", "fedit.engines.site", str(site.path)], site.path),
-        Program(
-            "engine", nvflare.site_command(site.path, site.name), site.path / "kit", {nvflare.SITE: str(site.path)}
-        ),
-    ]
-    supervise(programs, site.path / "logs", stopped)
-
-
-# ------------------------------------------------------------------------------------------------------------- runs
 
 
 def expected_of(prepared: PreparedModel) -> dict[str, str]:

@@ -9,7 +9,7 @@ from typing import Any
 
 import pytest
 
-from fedit import federation
+from fedit import deployment
 from fedit.engines.site_folder import SiteFolder
 
 Fedit = Callable[..., Any]
@@ -62,7 +62,7 @@ def test_init_takes_no_folder_with_other_files(fedit: Fedit, tmp_path: Path) -> 
 def test_an_engine_that_is_not_installed_is_said_with_the_command(
     fedit: Fedit, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(federation.importlib.util, "find_spec", lambda name: None)
+    monkeypatch.setattr(deployment.importlib.util, "find_spec", lambda name: None)
     done = fedit("federation", "init", tmp_path / "fed", "--sites", "a")
     assert done.status == 1
     assert "pip install 'fedit[nvflare]'" in done.stderr
@@ -70,7 +70,7 @@ def test_an_engine_that_is_not_installed_is_said_with_the_command(
 
 def test_an_engine_of_another_version_is_said(fedit: Fedit, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     pytest.importorskip("nvflare", reason="needs fedit[nvflare]")
-    monkeypatch.setattr(federation.importlib.metadata, "version", lambda name: "2.8.3")
+    monkeypatch.setattr(deployment.importlib.metadata, "version", lambda name: "2.8.3")
     done = fedit("federation", "init", tmp_path / "fed", "--sites", "a")
     assert done.status == 1
     assert "nvflare 2.8.3 is installed; the server and every site need 2.9.0" in done.stderr

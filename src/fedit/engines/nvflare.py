@@ -27,6 +27,7 @@ from typing import Any
 from nvflare.collab import collab
 
 from fedit.engines.channel import ChannelError, Header, call, serve
+from fedit.engines.supervisor import Program
 from fedit.errors import EngineError
 
 log = logging.getLogger(__name__)
@@ -203,19 +204,24 @@ def _harden(kit: Path, allowed: Sequence[str], may: Mapping[str, str]) -> None:
     (local / "authorization.json").write_text(json.dumps({"format_version": "1.0", "permissions": rights}, indent=1))
 
 
-def server_command(folder: Path) -> list[str]:
-    """Return what runs FLARE's server from the server's folder; its working directory is the kit."""
+def server_programs(folder: Path) -> list[Program]:
+    """Return what runs at the server: FLARE's server, and the keeper of its job."""
     kit = folder / "kit"
     _harden(kit, [CONTROLLER, f"{_MODULE}.ServerCourier"], {"submit_job": "any", "manage_job": "any"})
-    return _command("server.server_train", kit, "fed_server.json")
+    engine = _command("server.server_train", kit, "fed_server.json")
+    return [
+        Program("engine", engine, kit, {SERVER: str(folder)}),
+        Program("keeper", [sys.executable, "-m", _MODULE, str(folder)], folder),
+    ]
 
 
-def site_command(folder: Path, name: str) -> list[str]:
-    """Return what runs FLARE's client from a site's folder; its working directory is the kit."""
+def site_programs(folder: Path, name: str) -> list[Program]:
+    """Return what runs at a site beside its worker: FLARE's client."""
     kit = folder / "kit"
     _harden(kit, [EXECUTOR, f"{_MODULE}.SiteCourier"], {"submit_job": "any"})
     command = _command("client.client_train", kit, "fed_client.json")
-    return [*command, f"uid={name}", f"heart_beat_interval={HEARTBEAT_S}"]
+    command += [f"uid={name}", f"heart_beat_interval={HEARTBEAT_S}"]
+    return [Program("engine", command, kit, {SITE: str(folder)})]
 
 
 def _command(module: str, kit: Path, config: str) -> list[str]:

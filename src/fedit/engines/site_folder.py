@@ -8,7 +8,7 @@ import tomllib
 from collections.abc import Iterator
 from datetime import UTC, datetime
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 from pydantic import Field, ValidationError
 
@@ -39,6 +39,8 @@ class SiteConfig(Table):
     """The content of site.toml. Relative paths start at its folder."""
 
     name: str = Field(pattern=r"^[A-Za-z][A-Za-z0-9._-]*$")
+    engine: Literal["nvflare", "flower"] = "nvflare"
+    """What carries the calls: the federation's"""
     data: str
     """The rows: a file is one client; a folder is one client for each file, and so is a client column."""
     test_data: str | None = None

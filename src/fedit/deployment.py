@@ -1,0 +1,204 @@
+"""A real federation as folders and processes: what the server and each site are given, and what runs there."""
+
+from __future__ import annotations
+
+import importlib.metadata
+import importlib.util
+import shutil
+import socket
+import sys
+import threading
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Literal, Protocol
+
+from pydantic import Field, ValidationError
+
+from fedit.config import Table, explain
+from fedit.engines.site_folder import SiteConfig, SiteFolder
+from fedit.engines.supervisor import Program, supervise
+from fedit.files import write_atomically, write_json
+from fedit.interfaces import ConfigError, EngineError
+
+Engine = Literal["nvflare", "flower"]
+PACKAGES: Mapping[Engine, str] = {"nvflare": "nvflare", "flower": "flwr"}
+FILE = "federation.json"
+
+
+class FederationConfig(Table):
+    """The content of federation.json in the server's folder."""
+
+    engine: Engine = "nvflare"
+    host: str = Field(min_length=1)
+    """The server's name, or address, as the sites reach it: its certificate is for this one"""
+    port: int = Field(default=8002, ge=1, le=65535)
+    sites: tuple[str, ...] = Field(min_length=1)
+
+
+def read_federation(folder: Path) -> FederationConfig:
+    """Return the federation of a server's folder.
+
+    Raises:
+        ConfigError: it is none.
+    """
+    try:
+        return FederationConfig.model_validate_json((folder / FILE).read_text(encoding="utf-8"))
+    except OSError as error:
+        raise ConfigError(
+            f"{folder} is no server's folder: {folder / FILE} cannot be read ({error.strerror}). "
+            "`fedit federation init` makes one."
+        ) from error
+    except ValidationError as error:
+        raise ConfigError(explain(error, FederationConfig, f"{folder / FILE}: ")) from error
+
+
+# ---------------------------------------------------------------------------------------------------------- set-up
+
+
+def init_federation(folder: Path, federation: FederationConfig) -> None:
+    """Write what the server and each site need into ``server`` and ``sites/NAME`` of `folder`; sites that are there
+    already keep what they have.
+
+    Raises:
+        ConfigError: a name cannot be used, or `folder` holds another federation.
+        EngineError: the engine is not installed, or its provisioning failed.
+    """
+    for site in federation.sites:
+        try:
+            SiteConfig(name=site, data="rows.jsonl")
+        except ValidationError as error:
+            raise ConfigError(explain(error, SiteConfig, f"--sites {site}: ")) from error
+    if len(set(federation.sites)) < len(federation.sites):
+        raise ConfigError(f"--sites {','.join(federation.sites)}: a name is there twice.")
+    server, authority = folder / "server", folder / "authority"
+    if (authority / FILE).is_file():  # the server's folder may be elsewhere by now
+        before = read_federation(authority)
+        if (before.engine, before.host, before.port) != (federation.engine, federation.host, federation.port):
+            raise ConfigError(
+                f"{folder} holds a federation of {before.engine} at {before.host}:{before.port}. Choose another folder."
+            )
+        federation = before.model_copy(update={"sites": tuple(dict.fromkeys((*before.sites, *federation.sites)))})
+    elif folder.exists() and any(folder.iterdir()):
+        raise ConfigError(f"{folder} holds other files already. Choose a new or empty folder.")
+    _engine(federation.engine).make_kits(folder, federation.host, federation.port, federation.sites)
+    for place in (authority, server):
+        write_json(place / FILE, federation.model_dump(mode="json"))
+    write_atomically(server / "fedit-server.service", _unit("server", "fedit federation serve").encode())
+    for site in federation.sites:
+        target = folder / "sites" / site
+        if not (target / "site.toml").is_file():
+            write_atomically(target / "site.toml", SITE_FILE.format(name=site, engine=federation.engine).encode())
+            write_atomically(target / "fedit-site.service", _unit(f"site {site}", "fedit site start").encode())
+
+
+SITE_FILE = """\
+# What this site decides by itself. Relative paths start at this folder.
+name = "{name}"
+engine = "{engine}"
+
+# A JSON, JSONL, CSV or Parquet file is one client; a folder is one client for each file in it.
+data = "rows.jsonl"
+# Held-out rows; without them some rows of each category are held out, as many as the run says.
+# test_data = "test.jsonl"
+# Where the columns have other names than the run expects: columns = {{ instruction = "question", response = "answer" }}
+
+# Where the base lies here; without it, the path or Hub name that the run says.
+# model = "/srv/models/base"
+device = "auto"
+
+# What may leave this site, beside the updates of its clients.
+[policy]
+counts = true       # how many rows each client has; false: each counts as one
+losses = true       # the training loss, and how many tokens were trained on
+evaluation = true   # the loss of the global adapter on the held-out rows
+max_message_mb = 4096
+"""
+
+
+def _unit(what: str, command: str) -> str:
+    program = shutil.which("fedit") or f"{sys.prefix}/bin/fedit"
+    return (
+        f"[Unit]\nDescription=fedit {what}\nAfter=network-online.target\nWants=network-online.target\n\n"
+        f"# Set the user, the program and the folder of this machine.\n[Service]\nUser=fedit\n"
+        f"ExecStart={program} {command.removeprefix('fedit ')} /srv/fedit\n"
+        "Restart=always\nRestartSec=10\nNoNewPrivileges=true\nPrivateTmp=true\nProtectSystem=full\n\n"
+        "[Install]\nWantedBy=multi-user.target\n"
+    )
+
+
+def require(engine: Engine) -> None:
+    """Refuse, with the command that mends it, an engine that is not installed or of another version.
+
+    Raises:
+        EngineError: as said.
+    """
+    package = PACKAGES[engine]
+    wanted = _pin(package)
+    if importlib.util.find_spec(package) is None:
+        raise EngineError(f"The engine {engine} is not installed. Install it: pip install 'fedit[{engine}]'")
+    got = importlib.metadata.version(package)
+    if got != wanted:
+        raise EngineError(
+            f"{package} {got} is installed; the server and every site need {wanted}. pip install '{package}=={wanted}'"
+        )
+
+
+def _pin(package: str) -> str:
+    """Return the version that fedit's own metadata asks for."""
+    for requirement in importlib.metadata.requires("fedit") or ():
+        name, _, rest = requirement.partition("==")
+        if name == package:
+            return rest.partition(";")[0].strip()
+    raise EngineError(f"This installation of fedit names no version of {package}. Install it again.")
+
+
+class EngineModule(Protocol):
+    """What an engine provides: kits, and the processes that carry calls between the server and the sites."""
+
+    def make_kits(self, folder: Path, host: str, port: int, sites: Sequence[str]) -> None: ...
+
+    def server_programs(self, folder: Path) -> list[Program]: ...
+
+    def site_programs(self, folder: Path, name: str) -> list[Program]: ...
+
+
+def _engine(name: Engine) -> EngineModule:
+    require(name)
+    if name == "flower":
+        from fedit.engines import flower
+
+        return flower
+    from fedit.engines import nvflare
+
+    return nvflare
+
+
+# -------------------------------------------------------------------------------------------------------- processes
+
+
+def serve(folder: Path, stopped: threading.Event) -> None:
+    """Run the engine's server, and what keeps its couriers there, until `stopped`.
+
+    Raises:
+        EngineError: the engine is not installed, or its port is taken.
+    """
+    federation = read_federation(folder)
+    engine = _engine(federation.engine)
+    with socket.socket(socket.AF_INET6 if socket.has_dualstack_ipv6() else socket.AF_INET) as probe:
+        probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+        try:
+            probe.bind(("", federation.port))
+        except OSError as error:
+            raise EngineError(
+                f"Port {federation.port} cannot be served ({error.strerror}): another program has it, or this one runs "
+                "already. Stop that one; the sites know this port, so another needs a new federation."
+            ) from error
+    supervise(engine.server_programs(folder.absolute()), folder / "logs", stopped)
+
+
+def start_site(folder: Path, stopped: threading.Event) -> None:
+    """Run a site's worker and its engine's client until `stopped`."""
+    site = SiteFolder.read(folder)
+    worker = Program("worker", [sys.executable, "-m", "fedit.engines.site", str(site.path)], site.path)
+    programs = [worker, *_engine(site.config.engine).site_programs(site.path, site.name)]
+    supervise(programs, site.path / "logs", stopped)
