@@ -2,8 +2,8 @@
 
     python benchmarks/federation.py --model MODEL --data ROWS [--ranks 124,2480,12400] [--sites 1] [--upload bf16]
 
-One server and its sites on this machine, behind NVIDIA FLARE with mutual TLS; two rounds of one step of one row, so
-that nearly all is transport. The same rounds in simulation stand beside.
+One server and its sites on this machine, behind NVIDIA FLARE or Flower with mutual TLS; two rounds of one step of one
+row, so that nearly all is transport. The same rounds in simulation stand beside.
 """
 
 from __future__ import annotations
@@ -45,22 +45,27 @@ def main() -> None:
     parser.add_argument("--sites", type=int, default=1)
     parser.add_argument("--upload", default="fp32")
     parser.add_argument("--port", type=int, default=18077)
+    parser.add_argument("--engine", choices=PROCESSES, default="nvflare")
     arguments = parser.parse_args()
     names = [f"site{index}" for index in range(arguments.sites)]
     with tempfile.TemporaryDirectory(prefix="fedit-") as temporary:
         folder = Path(temporary)
-        run([*FEDIT, "federation", "init", folder / "f", "--sites", ",".join(names), "--port", arguments.port])
+        where = ["--port", arguments.port, "--engine", arguments.engine]
+        run([*FEDIT, "federation", "init", folder / "f", "--sites", ",".join(names), *where])
         server = folder / "f" / "server"
         processes = [start(folder, "serve", "federation", "serve", server)]
         for name in names:
             site = folder / "f" / "sites" / name
-            (site / "site.toml").write_text(f'name = "{name}"\ndata = "{arguments.data}"\n')
+            (site / "site.toml").write_text(
+                f'name = "{name}"\ndata = "{arguments.data}"\nengine = "{arguments.engine}"\n'
+            )
             processes.append(start(folder, name, "site", "start", site))
         try:
             while len(Courier(server).sites()) < len(names):
                 time.sleep(0.5)
-            print(f"| {' | '.join(COLUMNS)} |")
-            print("|---" * len(COLUMNS) + "|", flush=True)
+            columns = COLUMNS if arguments.engine == "flower" else COLUMNS[:-1]
+            print(f"| {' | '.join(columns)} |")
+            print("|---" * len(columns) + "|", flush=True)
             for rank in arguments.ranks.split(","):
                 measure(folder, server, arguments, int(rank))
         finally:
@@ -83,15 +88,23 @@ def measure(folder: Path, server: Path, arguments: argparse.Namespace, rank: int
         seconds[kind], peaks[kind] = timing["seconds"], timing["peak_memory_bytes"]
         if kind == "federation":
             adapter = json.loads((out / "rounds.jsonl").read_text().splitlines()[0])["bytes_down"] / arguments.sites
-            peaks |= {name: peak_memory(folder, words) for name, words in PROCESSES.items()}
+            peaks |= {name: peak_memory(folder, words) for name, words in PROCESSES[arguments.engine].items()}
         shutil.rmtree(out)
     cells = [str(rank), f"{adapter / 1e6:.1f} MB", f"{seconds['federation']:.1f} s", f"{seconds['simulation']:.1f} s"]
-    cells += [f"{peaks[name] / 1e9:.2f} GB" for name in ("federation", *PROCESSES)]
+    cells += [f"{peaks[name] / 1e9:.2f} GB" for name in ("federation", *PROCESSES[arguments.engine])]
     print(f"| {' | '.join(cells)} |", flush=True)
 
 
-COLUMNS = ["rank", "adapter", "round 2", "in simulation", "server", "its courier", "worker", "its courier"]
-PROCESSES = {"server": ("runner_process",), "worker": ("fedit.engines.site",), "site": ("worker_process",)}
+COLUMNS = ["rank", "adapter", "round 2", "in simulation", "server", "its courier", "worker", "its courier", "SuperLink"]
+PROCESSES = {
+    "nvflare": {"server": ("runner_process",), "worker": ("fedit.engines.site",), "site": ("worker_process",)},
+    "flower": {
+        "server": ("fedit.engines.flower.server",),
+        "worker": ("fedit.engines.site",),
+        "site": ("fedit.engines.flower.site",),
+        "superlink": ("flower_superlink",),
+    },
+}
 """What the command of each process names"""
 
 

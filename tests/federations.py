@@ -5,11 +5,12 @@ from __future__ import annotations
 import json
 import os
 import signal
+import socket
 import subprocess
 import sys
 import threading
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import suppress
 from pathlib import Path
 from typing import Any
@@ -177,25 +178,32 @@ def load(recipe: Path, *overrides: str) -> RunConfig:
 # ------------------------------------------------------------------------------------------------- real processes
 
 
+def free_port() -> int:
+    with socket.socket() as bound:
+        bound.bind(("127.0.0.1", 0))
+        return bound.getsockname()[1]
+
+
 class Deployment:
     """A server and its sites as processes on loopback, started by the commands that an organisation uses."""
 
-    def __init__(self, folder: Path, rows: Path, model: Path, port: int, engine: str) -> None:
+    def __init__(self, folder: Path, rows: Path, model: Path, port: int, engine: str, host: str = "localhost") -> None:
         self.folder = folder
         self.engine = engine
         self.server = folder / "server"
         self._processes: dict[str, subprocess.Popen[bytes]] = {}
-        fedit("federation", "init", folder, "--sites", ",".join(SITES), "--port", port, "--engine", engine)
+        where = ["--host", host, "--port", port, "--engine", engine]
+        fedit("federation", "init", folder, "--sites", ",".join(SITES), *where)
         for site in SITES:
             write_site(folder / "sites" / site, site, rows, f'model = "{model}"\nengine = "{engine}"\n')
 
-    def start(self, *names: str) -> None:
-        """Start the processes of the server or of sites."""
+    def start(self, *names: str, prefix: Sequence[str] = ()) -> None:
+        """Start the processes of the server or of sites; `prefix` is what they are started by."""
         for name in names:
             command = ["federation", "serve", self.server] if name == "server" else ["site", "start", self.site(name)]
             with (self.folder / f"{name}.out").open("ab") as output:
                 self._processes[name] = subprocess.Popen(
-                    [sys.executable, "-m", "fedit.cli", *map(str, command)],
+                    [*prefix, sys.executable, "-m", "fedit.cli", *map(str, command)],
                     stdout=output,
                     stderr=subprocess.STDOUT,
                     env={**os.environ, "OMP_NUM_THREADS": "1"},

@@ -4,25 +4,37 @@ from __future__ import annotations
 
 import importlib.metadata
 import importlib.util
+import logging
 import shutil
 import socket
 import sys
 import threading
 from collections.abc import Mapping, Sequence
+from datetime import UTC, datetime
 from pathlib import Path
 from typing import Literal, Protocol
 
 from pydantic import Field, ValidationError
 
 from fedit.config import Table, explain
+from fedit.engines.courier import Courier
 from fedit.engines.site_folder import SiteConfig, SiteFolder
 from fedit.engines.supervisor import Program, supervise
 from fedit.files import write_atomically, write_json
 from fedit.interfaces import ConfigError, EngineError
 
+log = logging.getLogger(__name__)
+
 Engine = Literal["nvflare", "flower"]
+CERTIFICATES: Mapping[Engine, tuple[str, str]] = {
+    "nvflare": ("startup/server.crt", "startup/client.crt"),
+    "flower": ("server.pem", "{name}.pem"),
+}
+"""Of the server and of a site, in their kits"""
 PACKAGES: Mapping[Engine, str] = {"nvflare": "nvflare", "flower": "flwr"}
 FILE = "federation.json"
+WARN_DAYS = 30
+"""Before a certificate expires its operator is told at every start"""
 
 
 class FederationConfig(Table):
@@ -33,6 +45,13 @@ class FederationConfig(Table):
     """The server's name, or address, as the sites reach it: its certificate is for this one"""
     port: int = Field(default=8002, ge=1, le=65535)
     sites: tuple[str, ...] = Field(min_length=1)
+
+
+def courier_of(server: Path, federation: FederationConfig) -> Courier:
+    """Return the way to the sites; a message of Flower's costs more, so it carries more."""
+    if federation.engine == "flower":
+        return Courier(server, piece_bytes=32 << 20, inline_bytes=8 << 20)
+    return Courier(server)
 
 
 def read_federation(folder: Path) -> FederationConfig:
@@ -180,10 +199,12 @@ def serve(folder: Path, stopped: threading.Event) -> None:
     """Run the engine's server, and what keeps its couriers there, until `stopped`.
 
     Raises:
+        ConfigError: the folder is no server's, or its certificate has expired.
         EngineError: the engine is not installed, or its port is taken.
     """
     federation = read_federation(folder)
     engine = _engine(federation.engine)
+    check_certificate(folder / "kit" / CERTIFICATES[federation.engine][0], federation.engine)
     with socket.socket(socket.AF_INET6 if socket.has_dualstack_ipv6() else socket.AF_INET) as probe:
         probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
         try:
@@ -196,9 +217,41 @@ def serve(folder: Path, stopped: threading.Event) -> None:
     supervise(engine.server_programs(folder.absolute()), folder / "logs", stopped)
 
 
+def check_certificate(file: Path, engine: Engine) -> None:
+    """Refuse a certificate that holds no more, which engines do without a word.
+
+    Raises:
+        ConfigError: it is not there, or expired.
+    """
+    from cryptography.x509 import load_pem_x509_certificate
+
+    if not file.exists():
+        raise ConfigError(
+            f"The folder holds no kit of {engine}: {file} is missing. Copy the whole folder that `fedit federation "
+            "init` made; a site's `engine` in site.toml is the federation's."
+        )
+    certificate = load_pem_x509_certificate(file.read_bytes())
+    begins, ends, now = certificate.not_valid_before_utc, certificate.not_valid_after_utc, datetime.now(UTC)
+    if not begins <= now <= ends:
+        raise ConfigError(
+            f"The certificate {file} holds from {begins:%Y-%m-%d} to {ends:%Y-%m-%d}, and this machine's clock says "
+            f"{now:%Y-%m-%d %H:%M} UTC. If the clock is right, make the federation anew: `fedit federation init`."
+        )
+    if (ends - now).days < WARN_DAYS:
+        log.warning("the certificate %s expires on %s", file, f"{ends:%Y-%m-%d}")
+
+
 def start_site(folder: Path, stopped: threading.Event) -> None:
-    """Run a site's worker and its engine's client until `stopped`."""
+    """Run a site's worker and its engine's client until `stopped`.
+
+    Raises:
+        ConfigError: the folder is no site's, or another engine's.
+    """
     site = SiteFolder.read(folder)
+    engine = _engine(site.config.engine)
+    check_certificate(
+        site.path / "kit" / CERTIFICATES[site.config.engine][1].format(name=site.name), site.config.engine
+    )
     worker = Program("worker", [sys.executable, "-m", "fedit.engines.site", str(site.path)], site.path)
-    programs = [worker, *_engine(site.config.engine).site_programs(site.path, site.name)]
+    programs = [worker, *engine.site_programs(site.path, site.name)]
     supervise(programs, site.path / "logs", stopped)

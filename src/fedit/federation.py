@@ -16,8 +16,7 @@ from typing import Any
 
 from fedit.cohort import check_clients
 from fedit.config import RunConfig
-from fedit.deployment import FederationConfig, read_federation
-from fedit.engines.courier import Courier
+from fedit.deployment import FederationConfig, courier_of, read_federation
 from fedit.engines.remote import Remote
 from fedit.experiment import Notify, PhaseStarted, Progressed, RoundFinished, Watch, check_base, describe_run
 from fedit.export import save_adapter
@@ -95,7 +94,7 @@ def _run(
     before: dict[str, Any] = {"run": secrets.token_hex(8)}
     if resumed:
         before = json.loads((folder / "partition.json").read_text(encoding="utf-8"))
-    engine = Remote(config, Courier(server), federation.sites, expected_of(prepared), before["run"])
+    engine = Remote(config, courier_of(server, federation), federation.sites, expected_of(prepared), before["run"])
     known = {client: about["rows"] for client, about in before.get("clients", {}).items()}
     missing = engine.join(known or None)
     if stopped.is_set():
@@ -167,7 +166,7 @@ def check_sites(config: RunConfig, server: Path) -> tuple[Mapping[str, Mapping[s
     federation = read_federation(server)
     with _only_one(server):
         prepared = prepare_model(config)
-        engine = Remote(config, Courier(server), federation.sites, expected_of(prepared))
+        engine = Remote(config, courier_of(server, federation), federation.sites, expected_of(prepared))
         missing = engine.join()
     check_clients(config, engine.clients())
     return engine.described(), missing
@@ -196,7 +195,7 @@ SHOWN_FAILURES = 10
 def federation_status(server: Path) -> dict[str, Any]:
     """Return who is connected, what travelled since the courier started, and how far the last run is."""
     federation = read_federation(server)
-    traffic = Courier(server).sites()
+    traffic = courier_of(server, federation).sites()
     nothing = {"down": 0, "up": 0, "answered": None}
     sites = {name: {"connected": name in traffic, **traffic.get(name, nothing)} for name in federation.sites}
     run: dict[str, Any] | None = None

@@ -162,6 +162,30 @@ def test_a_slow_site_fails_at_the_deadline_and_its_late_answer_is_not_taken(reci
     assert not records[1].failures
 
 
+def test_an_answer_of_an_earlier_round_is_not_taken(
+    recipe: Path, direct: Direct, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Its updates are whole and of the right shape, and come where those of this round are asked for."""
+    monkeypatch.setattr(remote_site, "RETRY_S", (0.01, 0.02))
+    earlier: dict[str, tuple[Header, bytes]] = {}
+    repeated = []
+
+    def repeat(site: str, header: Header, reply: tuple[Header, bytes]) -> tuple[Header, bytes]:
+        if header["do"] != "train" or "results" not in reply[0]:
+            return reply
+        if header["round"] == 0 and reply[0]["results"]:
+            earlier[site] = reply
+        if header["round"] == 1 and repeated.count(site) < 2:
+            repeated.append(site)
+            return earlier[site]
+        return reply
+
+    direct.after = repeat
+    config = load(recipe)
+    assert_equal(federate(config, direct), simulate(config, tmp_path / "store"))
+    assert sorted(repeated) == ["a", "a", "b", "b", "c", "c"]
+
+
 def spoil(direct: Direct, site: str, change: Callable[[Header, bytes], tuple[Header, bytes]]) -> None:
     """Change what a site says of its updates, or their bytes."""
 

@@ -4,14 +4,13 @@ from __future__ import annotations
 
 import importlib.util
 import shutil
-import socket
 import sys
 from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
 import torch
-from federations import SITES, Deployment, write_recipe
+from federations import SITES, Deployment, free_port, write_recipe
 
 ENGINES = {"nvflare": "nvflare", "flower": "flwr"}
 """And the package that each needs"""
@@ -23,12 +22,6 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
         if item.path.parent == Path(__file__).parent:
             item.add_marker(pytest.mark.slow)
             item.add_marker(pytest.mark.skipif(sys.platform != "linux", reason="the processes are found in /proc"))
-
-
-def free_port() -> int:
-    with socket.socket() as bound:
-        bound.bind(("127.0.0.1", 0))
-        return bound.getsockname()[1]
 
 
 def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:

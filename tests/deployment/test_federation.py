@@ -2,14 +2,18 @@
 
 from __future__ import annotations
 
+import os
+import shutil
 import signal
 import subprocess
 import sys
 import time
+from collections.abc import Iterator
 from pathlib import Path
 
+import pytest
 import torch
-from federations import SITES, Deployment, fedit, load, simulate
+from federations import SITES, Deployment, fedit, free_port, load, simulate, write_recipe
 
 from fedit.report import RunFolder
 from fedit.server import load_state
@@ -91,3 +95,130 @@ def test_an_interrupted_run_finishes_its_round_and_goes_on(made: tuple[Deploymen
     assert len(RunFolder.read(out).rounds) == 2
     fedit("federation", "run", "--server", deployment.server, "--resume", out)
     assert_like_simulation(recipe, out, tmp_path / "store", *LONG, "rounds=3")
+
+
+KILLER = """
+import os, signal, sys
+from pathlib import Path
+from fedit import cli, federation
+
+moment, *arguments = sys.argv[1:]
+renamed, saved = Path.replace, federation.save_state
+
+
+def replace(self, target):
+    if moment == "temporary name" and target.name == "round-00002.safetensors":
+        os.kill(os.getpid(), signal.SIGKILL)
+    return renamed(self, target)
+
+
+def save(state, folder):
+    if moment == "between line and checkpoint" and state.round_index == 3:
+        os.kill(os.getpid(), signal.SIGKILL)
+    saved(state, folder)
+
+
+Path.replace, federation.save_state = replace, save
+cli.main(arguments)
+"""
+
+
+def test_a_run_that_is_killed_while_it_writes_a_checkpoint_goes_on(
+    made: tuple[Deployment, Path], tmp_path: Path
+) -> None:
+    deployment, recipe = made
+    out = tmp_path / "run"
+    begin = ["federation", "run", "--server", str(deployment.server)]
+    for moment, what in (
+        ("temporary name", [str(recipe), "--out", str(out)]),
+        ("between line and checkpoint", ["--resume", str(out)]),
+    ):
+        killed = subprocess.run([sys.executable, "-c", KILLER, moment, *begin, *what], capture_output=True, check=False)
+        assert killed.returncode == -signal.SIGKILL, killed.stderr
+    assert [line["round"] for line in RunFolder.read(out).rounds] == [1, 2, 3], "the last has no checkpoint"
+    fedit("federation", "run", "--server", deployment.server, "--resume", out)
+    assert_like_simulation(recipe, out, tmp_path / "store")
+
+
+needs_root = pytest.mark.skipif(os.geteuid() != 0, reason="needs root, for a small disk and a network of its own")
+
+
+@needs_root
+def test_a_site_whose_disk_is_full_fails_until_there_is_room(made: tuple[Deployment, Path], tmp_path: Path) -> None:
+    """It cannot write what its client keeps; the others go on."""
+    deployment, recipe = made
+    disk = deployment.site("c") / "clients"
+    disk.mkdir(exist_ok=True)
+    subprocess.run(["mount", "-t", "tmpfs", "-o", "size=16k", "tmpfs", disk], check=True)
+    try:
+        out = tmp_path / "run"
+        run = start_run(deployment, recipe, out, "client.moments=keep", "rounds=6", "client.local_steps=100")
+        wait_for_round(out, 2)
+        subprocess.run(["mount", "-o", "remount,size=64m", disk], check=True)
+        assert run.wait(120) == 0
+    finally:
+        subprocess.run(["umount", "-l", disk], check=True)
+    failed = [line["failures"] for line in RunFolder.read(out).rounds]
+    assert [list(failures) for failures in failed[:2]] == [["c"], ["c"]]
+    assert failed[0]["c"] == "FeditError while it tuned; the site's own log says more"
+    assert failed[-1] == {}
+    assert "No space left" in (deployment.site("c") / "logs" / "worker.log").read_text()
+
+
+@pytest.fixture
+def network() -> Iterator[tuple[str, str]]:
+    """A network of two: the address here, and the name of the namespace at the other end."""
+    number = os.getpid() % 250 + 1
+    here, there = f"10.77.{number}.1", f"10.77.{number}.2"
+    name = f"fedit{number}"
+    for command in (
+        f"ip netns add {name}",
+        f"ip link add {name} type veth peer name inside netns {name}",
+        f"ip addr add {here}/24 dev {name}",
+        f"ip link set {name} up",
+        f"ip -n {name} addr add {there}/24 dev inside",
+        f"ip -n {name} link set inside up",
+        f"ip -n {name} link set lo up",
+    ):
+        subprocess.run(command.split(), check=True)
+    yield here, name
+    subprocess.run(["ip", "link", "del", name], check=True)
+    subprocess.run(["ip", "netns", "del", name], check=True)
+
+
+@needs_root
+def test_a_network_that_is_cut_and_healed_changes_nothing(
+    tmp_path: Path, tiny_model_folder: Path, engine: str, network: tuple[str, str]
+) -> None:
+    """A site on a machine of its own cannot be reached for a while in round 2: its packets vanish."""
+    host, name = network
+    recipe = write_recipe(tmp_path, tiny_model_folder)
+    deployment = Deployment(tmp_path / "f", tmp_path / "rows", tiny_model_folder, free_port(), engine, host)
+    deployment.start("server", "a", "b")
+    deployment.start("c", prefix=["ip", "netns", "exec", name])
+    options = (*LONG, "rounds=3")
+    try:
+        deployment.wait_for_sites(*SITES)
+        out = tmp_path / "run"
+        run = start_run(deployment, recipe, out, *options)
+        wait_for_round(out, 1)
+        subprocess.run(["ip", "link", "set", name, "down"], check=True)
+        time.sleep(12)
+        assert len(RunFolder.read(out).rounds) == 1, "round 2 waits for it"
+        subprocess.run(["ip", "link", "set", name, "up"], check=True)
+        assert run.wait(200) == 0
+    finally:
+        deployment.stop()
+    assert_like_simulation(recipe, out, tmp_path / "store", *options)
+
+
+@pytest.mark.skipif(shutil.which("faketime") is None, reason="needs faketime (apt install faketime)")
+@pytest.mark.parametrize("who", ["server", "site"])
+def test_an_expired_certificate_is_said_before_anything_starts(made: tuple[Deployment, Path], who: str) -> None:
+    """By a machine whose clock is two years ahead."""
+    deployment, _ = made
+    command = ["federation", "serve", deployment.server] if who == "server" else ["site", "start", deployment.site("a")]
+    late = ["faketime", "-f", "+730d", sys.executable, "-m", "fedit.cli", *map(str, command)]
+    done = subprocess.run(late, capture_output=True, text=True, check=False, timeout=60)
+    assert done.returncode == 1
+    assert "this machine's clock says" in " ".join(done.stderr.split())

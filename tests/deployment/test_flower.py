@@ -3,16 +3,19 @@
 from __future__ import annotations
 
 import json
+import shutil
 import ssl
+import threading
 import time
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import closing
+from datetime import UTC, datetime, timedelta
 from pathlib import Path
 
 import psutil
 import pytest
-from federations import SITES, Deployment
+from federations import SITES, Deployment, free_port
 
 pytest.importorskip("flwr", reason="needs fedit[flower]")
 import httpx
@@ -21,11 +24,13 @@ from flwr.app import ConfigRecord, Message, RecordDict
 from flwr.cli.build import build_fab_from_files
 from flwr.proto import fleet_pb2, node_pb2
 from flwr.supercore.primitives.asymmetric import generate_key_pairs, public_key_to_bytes
+from flwr.supernode import node_auth_http_interceptor
 from flwr.supernode.fleet_http_client import FleetHttpClient
 from flwr.supernode.node_auth_http_interceptor import NodeAuthHttpInterceptor
 
+from fedit.engines import certificates
 from fedit.engines.flower import kits, server
-from fedit.engines.flower.site import MAX_OBJECT, SiteCourier
+from fedit.engines.flower.site import MAX_OBJECT, SiteCourier, serve_site
 
 ENGINE = "flower"
 
@@ -199,3 +204,44 @@ def test_a_site_reads_no_answer_without_bounds(
         courier._client._base_url = url
         with pytest.raises(httpx.DecodingError, match="an answer of"):
             courier._client.PullMessages(fleet_pb2.PullMessagesRequest())
+
+
+def take_part(folder: Path, name: str, caplog: pytest.LogCaptureFixture, seconds: float = 3.0) -> str:
+    """Let a site's courier try to connect for a while, and return what its operator reads."""
+    stopped = threading.Event()
+    threading.Timer(seconds, stopped.set).start()
+    with caplog.at_level("WARNING"):
+        serve_site(folder, name, stopped)
+    return caplog.text
+
+
+def test_what_a_site_reads_of_an_expired_certificate(
+    made: tuple[Deployment, Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    deployment, _ = made
+    shutil.copytree(deployment.site("a"), tmp_path / "a", ignore=lambda *_: ["worker.sock"])
+    monkeypatch.setattr(certificates, "LEEWAY", timedelta(days=3))
+    monkeypatch.setattr(certificates, "HOLDER_DAYS", -1)
+    certificates.make_certificate(deployment.folder / "authority", tmp_path / "a" / "kit", "a")
+    assert "this certificate is refused: FAILED:certificate has expired" in take_part(tmp_path / "a", "a", caplog)
+
+
+def test_what_a_site_reads_of_a_server_of_another_name_or_that_is_not_there(
+    made: tuple[Deployment, Path], tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    deployment, _ = made
+    shutil.copytree(deployment.site("a"), tmp_path / "a", ignore=lambda *_: ["worker.sock"])
+    about = tmp_path / "a" / "kit" / "server.json"
+    port = json.loads(about.read_text())["port"]
+    about.write_text(json.dumps({"host": "127.0.0.2", "port": port}))
+    assert "IP address mismatch, certificate is not valid for '127.0.0.2'" in take_part(tmp_path / "a", "a", caplog)
+    about.write_text(json.dumps({"host": "localhost", "port": free_port()}))
+    assert "Connection refused" in take_part(tmp_path / "a", "a", caplog)
+
+
+def test_what_a_site_reads_when_the_clocks_differ(
+    made: tuple[Deployment, Path], monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    deployment, _ = made
+    monkeypatch.setattr(node_auth_http_interceptor, "now", lambda: datetime.now(UTC) - timedelta(hours=1))
+    assert "the clocks of the two differ" in take_part(deployment.site("a"), "a", caplog)

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import json
+import os
+import re
 import shutil
 import subprocess
 import sys
@@ -38,12 +40,8 @@ def submit(deployment: Deployment, job: Path) -> str:
     return subprocess.run(command, capture_output=True, text=True, check=True, timeout=90).stdout
 
 
-def test_sites_run_no_code_that_arrives_and_no_class_but_the_courier(
-    made: tuple[Deployment, Path], tmp_path: Path
-) -> None:
-    deployment, _ = made
-    proof = tmp_path / "proof"
-    job = tmp_path / "job"
+def job_with_code(job: Path, proof: Path) -> Path:
+    """Write a job that brings the class which it names; its code leaves a file where it ran."""
     nvflare.write_job(job, SITES)
     custom = job / "app" / "custom"
     custom.mkdir()
@@ -52,6 +50,15 @@ def test_sites_run_no_code_that_arrives_and_no_class_but_the_courier(
     )
     config = job / "app" / "config" / "config_fed_client.json"
     config.write_text(config.read_text().replace("fedit.engines.nvflare.SiteCourier", "mine.Site"))
+    return job
+
+
+def test_sites_run_no_code_that_arrives_and_no_class_but_the_courier(
+    made: tuple[Deployment, Path], tmp_path: Path
+) -> None:
+    deployment, _ = made
+    proof = tmp_path / "proof"
+    job = job_with_code(tmp_path / "job", proof)
     assert "status FINISHED" in submit(deployment, job)
     assert "BYOC not permitted" in logs_of(deployment.server)  # which has the same policy as the sites
     other = tmp_path / "other"
@@ -82,3 +89,31 @@ def test_certificates_of_another_authority_are_refused(made: tuple[Deployment, P
         stranger.wait()
     assert "Successfully registered" not in (tmp_path / "d.log").read_text()
     assert "d@" not in (deployment.server / "logs" / "engine.log").read_text(errors="replace")
+
+
+def test_sites_refuse_code_that_their_server_allows(made: tuple[Deployment, Path], tmp_path: Path) -> None:
+    """A server whose operator lets everybody do everything."""
+    deployment, _ = made
+    proof = tmp_path / "proof"
+    deployment.stop("server")
+    engine, _ = nvflare.server_programs(deployment.server)
+    policy = deployment.server / "kit" / "local" / "authorization.json"
+    policy.write_text(json.dumps({"format_version": "1.0", "permissions": {"lead": "any"}}))
+    resources = policy.with_name("resources.json")
+    settings = json.loads(resources.read_text())
+    settings["class_list_enforcement_mode"] = "off"
+    resources.write_text(json.dumps(settings))
+    with (tmp_path / "engine.log").open("wb") as output:
+        server = subprocess.Popen(
+            engine.command, cwd=engine.folder, env={**os.environ, **engine.environment}, stdout=output, stderr=output
+        )
+    try:
+        ended = submit(deployment, job_with_code(tmp_path / "job", proof))
+    finally:
+        server.terminate()
+        server.wait(30)
+        deployment.start("server")
+    assert "status FINISHED" in ended
+    assert not proof.exists()
+    assert re.search(r"'server: OK'.*'[abc]: NVFLARE_ERROR: BYOC not permitted'", (tmp_path / "engine.log").read_text())
+    deployment.wait_for_sites(*SITES)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import socket
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -100,3 +101,30 @@ def test_a_site_file_that_cannot_be_used_names_what_is_wrong(
     done = fedit("site", "log", tmp_path)
     assert done.status == 1
     assert says in done.stderr
+
+
+@pytest.mark.parametrize("engine", ["nvflare", "flower"])
+def test_a_port_that_is_taken_is_said(fedit: Fedit, tmp_path: Path, engine: str) -> None:
+    folder = tmp_path / "fed"
+    with socket.socket() as taken:
+        taken.bind(("127.0.0.1", 0))
+        taken.listen()
+        port = taken.getsockname()[1]
+        made = fedit("federation", "init", folder, "--sites", "a", "--port", str(port), "--engine", engine)
+        if made.status:
+            pytest.skip(made.stderr)
+        done = fedit("federation", "serve", folder / "server")
+    assert done.status == 1
+    assert f"Port {port} cannot be served (Address already in use)" in " ".join(done.stderr.split())
+
+
+def test_a_site_of_another_engine_is_said(fedit: Fedit, tmp_path: Path) -> None:
+    pytest.importorskip("flwr", reason="needs fedit[flower]")
+    folder = tmp_path / "fed"
+    assert fedit("federation", "init", folder, "--sites", "a", "--engine", "flower").status == 0
+    file = folder / "sites" / "a" / "site.toml"
+    assert 'engine = "flower"' in file.read_text()
+    file.write_text(file.read_text().replace('"flower"', '"nvflare"'))
+    done = fedit("site", "start", folder / "sites" / "a")
+    assert done.status == 1
+    assert "holds no kit of nvflare" in " ".join(done.stderr.split())

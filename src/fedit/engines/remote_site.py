@@ -184,6 +184,10 @@ class RemoteSite:
             if "missing" in answer:
                 self._put(packed, int(answer["missing"]), deadline)
                 continue
+            if (answer["round"], answer["key"]) != (request["round"], packed.key):
+                log.warning("site %s answered something that was not asked; asking again", self.name)
+                time.sleep(RETRY_S[0])
+                continue
             if answer.get("restarted"):
                 seen = 0
             for about in answer["results"]:

@@ -189,7 +189,8 @@ class Worker:
             inline -= len(message) if comes_along else 0
             results.append({**about, "size": len(message), "inline": comes_along})
             parts.append(message if comes_along else b"")
-        return {"results": results, "running": job.running, "restarted": began}, b"".join(parts)
+        news = {"round": header["round"], "key": header["adapter"]["key"], "restarted": began}
+        return {**news, "results": results, "running": job.running}, b"".join(parts)
 
     def _get(self, header: Header, blob: bytes) -> Reply:
         found = self._finished.get((header["round"], header["key"], header["client"]))

@@ -70,8 +70,7 @@ http {{
         keepalive 32;
     }}
     server {{
-        listen {port} ssl;
-        listen [::]:{port} ssl;
+        listen {port} ssl;{and_ipv6}
         ssl_certificate {kit}/server.pem;
         ssl_certificate_key {kit}/server.key;
         ssl_client_certificate {kit}/ca.pem;
@@ -117,9 +116,10 @@ def server_programs(folder: Path) -> list[Program]:
     kit = folder / "kit"
     port = json.loads((kit / "server.json").read_text(encoding="utf-8"))["port"]
     address = f"127.0.0.1:{_free_port()}"
+    and_ipv6 = f" listen [::]:{port} ssl;" if socket.has_dualstack_ipv6() else ""
     user = f"user {getpass.getuser()};" if os.geteuid() == 0 else ""
     (kit / "tmp").mkdir(exist_ok=True)
-    (kit / "nginx.conf").write_text(NGINX.format(kit=kit, port=port, address=address, user=user))
+    (kit / "nginx.conf").write_text(NGINX.format(kit=kit, port=port, address=address, user=user, and_ipv6=and_ipv6))
     superlink = ["--ssl-certfile", kit / "server.pem", "--ssl-keyfile", kit / "server.key"]
     superlink += ["--ssl-ca-certfile", kit / "ca.pem", "--enable-supernode-auth", "--isolation", "process"]
     superlink += ["--superexec-auth-secret-file", kit / "superexec.secret"]

@@ -218,6 +218,13 @@ def _told(error: httpx.HTTPError) -> str:
     detail = response.text.strip() if response.headers.get("content-type", "").startswith("text/plain") else ""
     if response.headers.get("content-type", "").startswith("application/json"):
         detail = str(response.json().get("detail", ""))
+    why = {
+        401: "the clocks of the two differ (5 s ahead or 5 minutes behind are too much), or the server has another key",
+        412: "it does not know this site yet, or counts an earlier connection as alive, for half a minute at most",
+        502: "its SuperLink is starting",
+    }
+    if response.status_code in why:
+        detail = why[response.status_code]
     return f"it answers {response.status_code} {response.reason_phrase} {detail[:200]}".rstrip()
 
 
