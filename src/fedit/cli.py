@@ -32,6 +32,7 @@ from fedit.console import (
     say,
 )
 from fedit.interfaces import ConfigError, DataError, EngineError, FeditError, plugin_kinds, plugins
+from fedit.logs import log_to_stderr
 
 if TYPE_CHECKING:
     from fedit.prepare import FederatedData
@@ -298,7 +299,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
 
     `arguments` are those of the process where they are left out.
     """
-    logging.basicConfig(format="%(levelname)s: %(message)s", level=logging.WARNING)
+    log_to_stderr("%(levelname)s: %(message)s", logging.WARNING)
     try:
         app(arguments)
     except (FeditError, OSError) as error:

@@ -8,7 +8,8 @@ import signal
 import sys
 import threading
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, Literal
 
@@ -72,13 +73,35 @@ def init(
 
 
 @federation_app.command
-def serve(server: Server, /) -> None:
+def serve(
+    server: Server,
+    /,
+    *,
+    metrics_port: Annotated[
+        int | None, Parameter(help="Serve metrics for Prometheus on this port of loopback, at /metrics")
+    ] = None,
+) -> None:
     """Run the engine's server, which sites connect to, until it is interrupted."""
     from fedit import deployment
 
     config = deployment.read_federation(server)
     say(f"Serving {len(config.sites)} sites at {config.host}:{config.port}. Logs: {server / 'logs'}")
-    _until_interrupted(lambda stopped: deployment.serve(server, stopped))
+    with _metrics(server, metrics_port):
+        _until_interrupted(lambda stopped: deployment.serve(server, stopped))
+
+
+@contextmanager
+def _metrics(server: Path, port: int | None) -> Iterator[None]:
+    if port is None:
+        yield
+        return
+    try:
+        from fedit.monitoring import metrics_served
+    except ModuleNotFoundError as error:
+        raise ConfigError("--metrics-port needs prometheus-client: pip install 'fedit[metrics]'") from error
+    with metrics_served(server, port) as chosen:
+        say(f"Metrics: http://127.0.0.1:{chosen}/metrics")
+        yield
 
 
 @federation_app.command

@@ -212,5 +212,8 @@ def federation_status(server: Path) -> dict[str, Any]:
             "rounds": found.run["rounds"],
             "rounds_done": len(found.rounds),
             "failures": failures[-SHOWN_FAILURES:],
+            "num_failures": len(failures),
+            "train_loss": found.rounds[-1]["train_loss"] if found.rounds else None,
+            "test_loss": next((line["test_loss"] for line in reversed(found.rounds) if line["test_loss"]), None),
         }
     return {"engine": federation.engine, "sites": sites, "run": run}

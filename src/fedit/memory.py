@@ -29,6 +29,14 @@ BACKWARD = 1.5
 CGROUP_LIMIT = Path("/sys/fs/cgroup/memory.max")
 
 
+class MemoryShortageError(EngineError):
+    """The memory does not hold the run; `shortage` says so without a word about the rows."""
+
+    def __init__(self, message: str, shortage: str) -> None:
+        super().__init__(message)
+        self.shortage = shortage
+
+
 def fit_memory(
     model: StackedModel,
     engine: EngineConfig,
@@ -43,7 +51,7 @@ def fit_memory(
     Depends on the machine's whole memory, not on what is free at the moment, so that a resumed run does the same.
 
     Raises:
-        EngineError: the memory cannot hold one client and its longest row, or as many slots as were asked for.
+        MemoryShortageError: the memory cannot hold one client and its longest row, or as many slots as were asked for.
     """
     kind = model.device.type
     budget = memory_bytes(engine, model.device)
@@ -71,11 +79,15 @@ def fit_memory(
         if fitting >= longest:
             return
     slots = max(0, int((budget - base) / 2 // slot_bytes))
-    raise EngineError(
-        f"[engine] memory: {budget / 1e9:.2f} GB do not hold the base ({base / 1e9:.2f} GB), {model.max_slots} slots "
-        f"of {slot_bytes / 1e9:.3f} GB and a row of {longest} tokens: {slots} slots would fit into half of the "
+    shortage = (
+        f"{budget / 1e9:.2f} GB do not hold the base ({base / 1e9:.2f} GB), {model.max_slots} slots of "
+        f"{slot_bytes / 1e9:.3f} GB and"
+    )
+    raise MemoryShortageError(
+        f"[engine] memory: {shortage} a row of {longest} tokens: {slots} slots would fit into half of the "
         f"rest, and beside {model.max_slots} slots {max(0, fitting)} tokens. Choose fewer [engine] slots, a smaller "
-        "[data] max_length, [adapter] rank or [model] path, or raise [engine] memory_gb if the machine has more."
+        "[data] max_length, [adapter] rank or [model] path, or raise [engine] memory_gb if the machine has more.",
+        f"{shortage} its longest row",
     )
 
 

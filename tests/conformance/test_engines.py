@@ -5,6 +5,7 @@ from __future__ import annotations
 import itertools
 import json
 import random
+import re
 import threading
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -309,6 +310,20 @@ def test_a_site_refuses_attackers_and_unknown_rules(recipe: Path, direct: Direct
         60,
     )
     assert "my-rule" in answer["refused"]
+
+
+def test_a_site_without_the_memory_refuses_and_says_what_is_needed(recipe: Path, tmp_path: Path) -> None:
+    sites = {name: write_site(tmp_path / name, name, tmp_path / "rows") for name in ("a", "b")}
+    sites["c"] = write_site(tmp_path / "c", "c", tmp_path / "rows", "memory_gb = 0.0001\n")
+    direct = Direct(sites)
+    engine = Remote(config := load(recipe), direct, list(sites), expected_of(prepare_model(config)))
+    try:
+        missing = engine.join()
+    finally:
+        direct.close()
+    assert list(missing) == ["c"]
+    assert re.search(r"its memory is too small for the run: 0\.00 GB do not hold the base .* longest row", missing["c"])
+    assert list(engine.clients()) == ["a", "b"]
 
 
 def test_what_leaves_a_site_names_no_file_and_no_row(recipe: Path, direct: Direct, tmp_path: Path) -> None:

@@ -15,7 +15,7 @@ from fedit.engines.messages import digests
 from fedit.engines.simulation import Simulation
 from fedit.engines.site_folder import SiteFolder
 from fedit.interfaces import Adapter, EncodedExample, FeditError
-from fedit.memory import memory_bytes
+from fedit.memory import MemoryShortageError, memory_bytes
 from fedit.model import StackedModel
 from fedit.prepare import prepare_model, prepare_site
 
@@ -56,7 +56,10 @@ def join_run(
         raise RefusalError("[attack] is for simulations: clients of a real federation act for themselves")
     config = folder.localise(described)
     data = prepare_site(config, folder.name)
-    started = prepare_model(config, list(data.clients.values()))
+    try:
+        started = prepare_model(config, list(data.clients.values()))
+    except MemoryShortageError as error:
+        raise RefusalError(f"its memory is too small for the run: {error.shortage}") from error
     here = {"base": started.weights_sha256, "tokenizer": started.tokenizer_sha256}
     for what, digest in here.items():
         if digest != expected[what]:

@@ -29,6 +29,7 @@ from nvflare.collab import collab
 from fedit.engines.channel import ChannelError, Header, call, serve
 from fedit.engines.supervisor import Program
 from fedit.errors import EngineError
+from fedit.logs import log_to_stderr
 
 log = logging.getLogger(__name__)
 
@@ -333,7 +334,7 @@ class _Keeper:
 
 def main(arguments: Sequence[str]) -> None:
     """Keep the job of the server's folder until SIGTERM."""
-    logging.basicConfig(format="%(asctime)s %(levelname)s %(name)s: %(message)s", level=logging.INFO)
+    log_to_stderr()
     stopped = threading.Event()
     for number in (signal.SIGTERM, signal.SIGINT):
         signal.signal(number, lambda *_: stopped.set())

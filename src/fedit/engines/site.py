@@ -29,6 +29,7 @@ from fedit.engines.messages import name_of, pack_update, unpack_adapter
 from fedit.engines.site_folder import SiteFolder
 from fedit.evaluation.heldout import mean_loss
 from fedit.interfaces import Adapter, ClientFailure, ClientTask, ConfigError, FeditError
+from fedit.logs import log_to_stderr
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -342,7 +343,7 @@ def _wait_s(header: Header) -> float:
 
 def main(arguments: Sequence[str]) -> None:
     """Serve a site's folder until SIGTERM."""
-    logging.basicConfig(format="%(asctime)s %(levelname)s %(name)s: %(message)s", level=logging.INFO)
+    log_to_stderr()
     load_plugins()
     folder = SiteFolder.read(Path(arguments[0]))
     worker, stopped = Worker(folder), threading.Event()

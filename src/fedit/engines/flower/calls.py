@@ -8,6 +8,8 @@ import threading
 
 from flwr.app import ConfigRecord, RecordDict
 
+from fedit.logs import log_to_stderr
+
 HEARTBEAT_S = 10
 """The shortest interval that the SuperLink takes; a site counts as gone after twice as long."""
 POLL_S = 0.02, 1.0
@@ -36,7 +38,7 @@ def read(content: RecordDict) -> tuple[str, bytes]:
 
 def until_terminated() -> threading.Event:
     """Return what is set once this process is asked to end; let Flower say what goes wrong and no more."""
-    logging.basicConfig(format="%(asctime)s %(levelname)s %(name)s: %(message)s", level=logging.INFO)
+    log_to_stderr()
     logging.getLogger("httpx").setLevel(logging.WARNING)
     flower = logging.getLogger("flwr")
     flower.handlers.clear()
