@@ -139,7 +139,7 @@ class _Rounds:
         timing = self._watch.lap(record.tokens)
         losses: dict[str, tuple[float, int]] = {}
         if state.round_index == config.rounds or (every and state.round_index % every == 0):
-            losses = self._engine.evaluate(state.adapter, state.round_index - 1)
+            losses = self._engine.evaluate(state.adapter, state.round_index - 1, state.step)
             if num_tokens := sum(count for _, count in losses.values()):
                 mean = sum(loss * count for loss, count in losses.values()) / num_tokens
                 record = replace(record, test_loss=mean)

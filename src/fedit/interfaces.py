@@ -163,6 +163,8 @@ class ClientTask:
     """Earlier rounds that sampled this client: it goes on in its rows where the last of them stopped."""
     control: Mapping[str, Tensor] = field(default_factory=dict)
     """The mean of all clients' control variates, by tensor name; empty: there are none, or they are zero."""
+    step: bytes = b""
+    """The compressed message that the global adapter moved by in the last round, for who has the one before it."""
 
 
 @dataclass(frozen=True, slots=True, eq=False)

@@ -52,6 +52,8 @@ class ServerState:
     """The bytes of every round's compressed message to the clients; 0: it was not compressed, or there was none."""
     control: Mapping[str, Tensor] = field(default_factory=dict)
     """The mean of all clients' control variates, by tensor name."""
+    step: bytes = b""
+    """The last round's compressed message to the clients. It is not saved: who resumes sends the adapter whole."""
     ranks: Mapping[str, int] = field(default_factory=dict)
     """Of the clients that gave up some of the rank that they began with."""
 
@@ -106,12 +108,13 @@ def run_round(config: RunConfig, engine: Engine, state: ServerState) -> tuple[Se
     cohort = sample_cohort(config, clients, state.round_index)
     if not cohort:
         record = RoundRecord(state.round_index + 1, [], {}, None, 0.0, None, 0, 0, 0)
-        return replace(state, round_index=state.round_index + 1, messages=(*state.messages, 0)), record
+        return replace(state, round_index=state.round_index + 1, messages=(*state.messages, 0), step=b""), record
     history = participation(config, clients, state.round_index)
     tasks = []
     for client in cohort:
         adapter = state.adapter.cut(state.ranks.get(client, client_rank(config, clients, client)))
-        tasks.append(ClientTask(client, state.round_index, adapter, len(history[client]), state.control))
+        step = state.step if adapter is state.adapter else b""
+        tasks.append(ClientTask(client, state.round_index, adapter, len(history[client]), state.control, step))
     answers = _Answers(tasks, config.aggregation.shared(state.round_index), config.objective.kept_rank)
     updates = answers.updates(engine.run(tasks), config.cohort.min_updates)
     rng = derive_rng(config.seed, "aggregation", state.round_index)
@@ -122,7 +125,7 @@ def run_round(config: RunConfig, engine: Engine, state: ServerState) -> tuple[Se
     aggregation_s = time.perf_counter() - started - answers.waited_s
     adapter, optimizer_state = config.server_optimizer.apply(state.adapter, result.delta, state.optimizer_state)
     adapter = replace(adapter, side=next_side(state.adapter, result))
-    adapter, download_error, message_bytes = _broadcast(config, state, adapter)
+    adapter, download_error, step = _broadcast(config, state, adapter)
     update_norm = distance(adapter, state.adapter)
     if not math.isfinite(update_norm) or not _is_finite(side_tensors(adapter.side)):
         raise RoundError(
@@ -143,11 +146,11 @@ def run_round(config: RunConfig, engine: Engine, state: ServerState) -> tuple[Se
         aggregation_s=aggregation_s,
     )
     side_step_bytes = wire_size(side_tensors(result.side_step)) if result.side_step else 0
-    messages = (*state.messages, message_bytes)
+    messages = (*state.messages, len(step))
     control = _moved(state.control, answers.control_sum, 1 / len(clients))
     ranks = {**state.ranks, **answers.ranks}
     return ServerState(
-        state.round_index + 1, adapter, optimizer_state, side_step_bytes, download_error, messages, control, ranks
+        state.round_index + 1, adapter, optimizer_state, side_step_bytes, download_error, messages, control, step, ranks
     ), record
 
 
@@ -174,20 +177,20 @@ def next_side(adapter: Adapter, result: Aggregate) -> dict[str, LowRank]:
     return side
 
 
-def _broadcast(config: RunConfig, state: ServerState, adapter: Adapter) -> tuple[Adapter, Mapping[str, Tensor], int]:
-    """Return the global adapter as clients will have it, what they were not told, and the bytes of the message.
+def _broadcast(config: RunConfig, state: ServerState, adapter: Adapter) -> tuple[Adapter, Mapping[str, Tensor], bytes]:
+    """Return the global adapter as clients will have it, what they were not told, and the message.
 
     Where messages to the clients are compressed, everybody's adapter, the server's too, moves by what they say.
     """
     codec = download_codec(config)
     if codec.is_plain:
-        return adapter, {}, 0
+        return adapter, {}, b""
     before = state.adapter.only(config.aggregation.returned(state.round_index))
     step = {name: adapter.tensors[name] - tensor for name, tensor in before.items()}
     sent = codec.send(step, state.download_error, state.round_index)
     moved = {name: tensor + sent.received[name] for name, tensor in before.items()}
     adapter = adapter.with_tensors({**adapter.tensors, **moved})
-    return adapter, {**state.download_error, **sent.error}, len(sent.message)
+    return adapter, {**state.download_error, **sent.error}, sent.message
 
 
 def download_size(config: RunConfig, state: ServerState, task: ClientTask, rounds: Sequence[int]) -> int:
@@ -365,7 +368,7 @@ def load_state(folder: Path) -> ServerState | None:
         error,
         tuple(about["messages"]),
         control,
-        about.get("ranks", {}),
+        ranks=about.get("ranks", {}),
     )
 
 

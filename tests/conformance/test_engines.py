@@ -9,6 +9,7 @@ import re
 import threading
 from collections.abc import Callable, Iterator
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -70,6 +71,74 @@ def test_real_sites_give_the_bits_of_the_simulation(
     recipe: Path, direct: Direct, tmp_path: Path, overrides: tuple[str, ...]
 ) -> None:
     config = load(recipe, *overrides)
+    assert_equal(federate(config, direct), simulate(config, tmp_path / "store"))
+
+
+def bytes_down(direct: Direct) -> dict[tuple[int, str], int]:
+    """Return, filled as calls come, the bytes of new pieces that each site is sent in each round."""
+    sent: dict[tuple[int, str], int] = {}
+    rounds: dict[str, int] = dict.fromkeys(SITES, 0)
+
+    def count(site: str, header: Header) -> None:
+        if header["do"] in ("train", "evaluate"):
+            rounds[site] = header["round"]
+        if header["do"] == "put":
+            sent[rounds[site], site] = sent.get((rounds[site], site), 0) + header["size"] * (header["offset"] == 0)
+
+    direct.before = count
+    return sent
+
+
+COMPRESSED = ("download.quantizer=int8", "rounds=4", "cohort.size=2")
+
+
+def test_a_site_that_has_the_adapter_before_is_sent_the_compressed_step(
+    recipe: Path, direct: Direct, tmp_path: Path
+) -> None:
+    """And whoever missed a round the adapter whole; the record counts what was sent."""
+    sent = bytes_down(direct)
+    config = load(recipe, *COMPRESSED)
+    federated = federate(config, direct)
+    assert_equal(federated, simulate(config, tmp_path / "store"))
+    whole = max(sent.values())
+    for number, record in enumerate(federated[1][1:], 1):
+        before = federated[1][number - 1].cohort
+        for site in record.cohort:
+            assert (sent[number, site] < whole / 3) == (site in before), (number, site)
+    assert any(size == whole for (number, _), size in sent.items() if number)
+
+
+def test_a_site_that_lost_the_adapter_before_is_sent_it_whole(recipe: Path, direct: Direct, tmp_path: Path) -> None:
+    sent = bytes_down(direct)
+    count = direct.before
+    restarted = []
+
+    def restart(site: str, header: Header) -> None:
+        if site == "b" and header["do"] == "train" and header["round"] == 2 and not restarted:
+            restarted.append(site)
+            direct.stop("b")
+            direct.start("b")
+        count(site, header)
+
+    direct.before = restart
+    config = load(recipe, "download.quantizer=bf16", "rounds=4")
+    assert_equal(federate(config, direct), simulate(config, tmp_path / "store"))
+    assert sent[2, "b"] > 1.9 * sent[2, "a"]
+    assert sent[3, "b"] == sent[3, "a"] == sent[2, "a"]
+
+
+def test_a_step_that_does_not_make_the_adapter_is_made_up_for(
+    recipe: Path, direct: Direct, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The hash of the whole adapter decides."""
+    spoiled = direct.workers["a"]._inbox
+    take = spoiled.take
+
+    def take_other(about: Header, apply: Any) -> Any:
+        return take(about, lambda *parts: apply(*parts)[:-4] + b"abcd")
+
+    monkeypatch.setattr(spoiled, "take", take_other)
+    config = load(recipe, "download.quantizer=bf16")
     assert_equal(federate(config, direct), simulate(config, tmp_path / "store"))
 
 

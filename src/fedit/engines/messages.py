@@ -8,7 +8,7 @@ from __future__ import annotations
 import hashlib
 import json
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from typing import Any
@@ -114,6 +114,36 @@ def unpack_adapter(about: Mapping[str, Any], payload: Message, initial: Adapter)
     if unknown := adapter.keys() - start.tensors.keys():
         raise EngineError(f"the adapter has tensors that this base does not have, e.g. {min(unknown)}")
     return Adapter({**start.tensors, **adapter}, about["rank"], about["alpha"], side_of(side)), control
+
+
+def pack_step(message: bytes, before: str, round_index: int) -> tuple[Packed, dict[str, Any]]:
+    """Return the compressed step of a round as a message; `before` names the adapter that it starts from."""
+    packed = Packed([], message)
+    return packed, {"from": before, "key": packed.key, "round": round_index}
+
+
+def apply_step(
+    before: Mapping[str, Any],
+    payload: Message,
+    about: Mapping[str, Any],
+    step: Message,
+    initial: Adapter,
+    codec: Codec,
+    returned: Collection[str],
+) -> bytes:
+    """Return the array of the adapter `about`, which is the one `before`, with its `payload`, moved by a `step`.
+
+    Raises:
+        FeditError: the step does not fit.
+    """
+    adapter, _ = unpack_adapter(before, payload, initial)
+    moving = adapter.only(returned)
+    moved = codec.decode(step, {name: tensor.shape for name, tensor in moving.items()}, about["step"]["round"])
+    tensors = {**adapter.tensors, **{name: tensor + moved[name] for name, tensor in moving.items()}}
+    names = [name.removeprefix("adapter/") for name, _ in about["layout"]]
+    if unknown := set(names) - tensors.keys():
+        raise EngineError(f"a step cannot make {min(unknown)}")
+    return bytes(pack({f"adapter/{name}": tensors[name] for name in names}).payload)
 
 
 # ---------------------------------------------------------------------------------------------------- from the site

@@ -114,16 +114,16 @@ class Remote:
                 answer = self._sites[self._site_of[task.client]].receive(task, answer)
             yield answer
 
-    def evaluate(self, adapter: Adapter, round_index: int) -> dict[str, tuple[float, int]]:
+    def evaluate(self, adapter: Adapter, round_index: int, step: bytes = b"") -> dict[str, tuple[float, int]]:
         """Return each site's mean held-out loss per response token, nats, and the number of these tokens; sites that
-        do not answer, or tell nothing, are left out.
+        do not answer, or tell nothing, are left out. `step` is the compressed message of what moved the adapter.
         """
         deadline = time.monotonic() + self._config.engine.deadline_s
         losses: dict[str, tuple[float, int]] = {}
 
         def evaluate(site: RemoteSite) -> None:
             try:
-                if (loss := site.evaluate(adapter, round_index, deadline)) is not None:
+                if (loss := site.evaluate(adapter, round_index, deadline, step)) is not None:
                     losses[site.name] = loss
             except SiteError as error:
                 log.warning("site %s was not evaluated: %s", site.name, error)

@@ -14,7 +14,7 @@ from typing import Any, Protocol
 from fedit.codec import upload_codec
 from fedit.config import RunConfig
 from fedit.engines.channel import ChannelError, Header
-from fedit.engines.messages import LARGEST, Packed, pack_adapter, unpack_update
+from fedit.engines.messages import LARGEST, Packed, pack_adapter, pack_step, unpack_update
 from fedit.interfaces import Adapter, ClientFailure, ClientTask, ClientUpdate, EngineError
 
 log = logging.getLogger(__name__)
@@ -81,6 +81,8 @@ class RemoteSite:
         self._num_restarts = 0
         """Of its worker, in this round"""
         self._initial: dict[str, str] = {}
+        self._held = "", -1
+        """The adapter that it has: its name, and after how many rounds it was the global one"""
         self._codec = upload_codec(config)
         self._was_absent = False
         self._trouble = ""
@@ -153,10 +155,13 @@ class RemoteSite:
             return ClientFailure(task.client, f"its answer cannot be used ({type(error).__name__})")
         return unpack_update(about, message, task, shapes, self._codec)
 
-    def evaluate(self, adapter: Adapter, round_index: int, deadline: float) -> tuple[float, int] | None:
+    def evaluate(
+        self, adapter: Adapter, round_index: int, deadline: float, step: bytes = b""
+    ) -> tuple[float, int] | None:
+        """Return the loss of an adapter at the site, and the tokens it is of; `step` is what moved it in this round."""
         packed, about = pack_adapter(adapter, {}, self._initial)
         request = {"do": "evaluate", "round": round_index, "adapter": about}
-        for answer in self._news(request, packed, deadline):
+        for answer in self._news(request, packed, deadline, step):
             if not isinstance(answer, ClientFailure):
                 loss, num_tokens = float(answer[0]["loss"]), int(answer[0]["num_tokens"])
                 return (loss, num_tokens) if math.isfinite(loss) and 0 < num_tokens < LARGEST else None
@@ -173,21 +178,30 @@ class RemoteSite:
             "clients": {task.client: task.num_earlier for task in tasks},
             "inline": self._transport.inline_bytes,
         }
-        yield from self._news(request, packed, deadline)
+        yield from self._news(request, packed, deadline, tasks[0].step)
 
-    def _news(self, request: Header, packed: Packed, deadline: float) -> Iterator[Answer]:
-        """Ask until everything is answered; yield what is new each time."""
+    def _news(self, request: Header, packed: Packed, deadline: float, step: bytes) -> Iterator[Answer]:
+        """Ask until everything is answered; yield what is new each time.
+
+        A site that has the adapter which it was asked to work with last is sent the `step` from it alone.
+        """
         seen = 0
+        packed_step = packed
+        number = request["round"] + (request["do"] == "evaluate")
+        held, held_number = self._held
+        if step and held != packed.key and held_number == number - 1:
+            packed_step, request["adapter"]["step"] = pack_step(step, held, number - 1)
         while True:
             self._check(deadline)
             answer, blob = self._ask({**request, "seen": seen}, b"", deadline, patient=True)
             if "missing" in answer:
-                self._put(packed, int(answer["missing"]), deadline)
+                self._put(packed_step if answer.get("step") else packed, int(answer["missing"]), deadline)
                 continue
             if (answer["round"], answer["key"]) != (request["round"], packed.key):
                 log.warning("site %s answered something that was not asked; asking again", self.name)
                 time.sleep(RETRY_S[0])
                 continue
+            self._held = packed.key, number
             if answer.get("restarted"):
                 seen = 0
             for about in answer["results"]:

@@ -21,11 +21,12 @@ from hashlib import sha256
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from fedit.codec import upload_codec
+from fedit.codec import download_codec, upload_codec
 from fedit.config import RunConfig, load_plugins, parse_config
 from fedit.engines.channel import Header, serve
+from fedit.engines.inbox import Inbox, Taken
 from fedit.engines.joining import Joined, RefusalError, join_run
-from fedit.engines.messages import name_of, pack_update, unpack_adapter
+from fedit.engines.messages import apply_step, pack_update, unpack_adapter
 from fedit.engines.site_folder import SiteFolder
 from fedit.evaluation.heldout import mean_loss
 from fedit.interfaces import Adapter, ClientFailure, ClientTask, ConfigError, FeditError
@@ -48,7 +49,7 @@ class _Job:
     """Something that the server asked for: its results grow while it runs."""
 
     request: Header
-    payload: bytes = b""
+    adapter: Taken = field(default_factory=lambda: Taken(b"", 0))
     results: list[tuple[Header, bytes]] = field(default_factory=list)
     running: bool = True
 
@@ -72,15 +73,6 @@ _ResultKey = tuple[int, str, str]
 """Round, name of the received adapter, client"""
 
 
-@dataclass(eq=False)
-class _Arriving:
-    """A message of which pieces are here."""
-
-    key: str
-    size: int
-    content: bytearray = field(default_factory=bytearray)
-
-
 class Worker:
     """Answers calls (`handle`, in any thread) and does what they ask for (`work`, in one)."""
 
@@ -97,7 +89,7 @@ class Worker:
         """Which process asks"""
         self._finished: dict[_ResultKey, tuple[Header, bytes]] = {}
         """The updates of the latest round, whichever jobs they came of"""
-        self._arriving: _Arriving | None = None
+        self._inbox = Inbox(folder.max_message_bytes)
         self._running: _Job | None = None
         """The job that `work` does; `_job` may be another already"""
         self._stopped = False
@@ -143,18 +135,7 @@ class Worker:
         return {**self._joined.answer, "clock": time.time()}, b""
 
     def _put(self, header: Header, blob: bytes) -> Reply:
-        key, offset, size = str(header["key"]), int(header["offset"]), int(header["size"])
-        if size > self._folder.max_message_bytes:
-            most = self._folder.max_message_bytes
-            return {"refused": f"a message of {size:,} bytes; this site takes {most:,} at most"}, b""
-        if self._arriving is None or (self._arriving.key, self._arriving.size) != (key, size):
-            self._arriving = _Arriving(key, size)
-        arrived = self._arriving.content
-        if not 0 <= offset <= len(arrived):
-            return {"missing": len(arrived)}, b""
-        if len(arrived) < offset + len(blob) <= size:  # a piece that is heard twice changes nothing
-            arrived += blob[len(arrived) - offset :]
-        return {}, b""
+        return self._inbox.put(header, blob), b""
 
     def _news(self, header: Header, blob: bytes) -> Reply:
         """Return the results that the server has not seen; a job that is new begins."""
@@ -163,16 +144,10 @@ class Worker:
         if earlier is not None and earlier.request["session"] == self._session and job.order < earlier.order:
             return {"error": "a call of an earlier round"}, b""
         if self._job is None or self._job.key != job.key:
-            about = header["adapter"]
-            arriving = self._arriving
-            if arriving is None or arriving.key != about["key"]:
-                return {"missing": 0}, b""
-            if len(arriving.content) < arriving.size:
-                return {"missing": len(arriving.content)}, b""
-            if name_of(about["layout"], arriving.content) != about["key"]:
-                self._arriving = None
-                return {"missing": 0}, b""
-            job.payload, began = bytes(arriving.content), True
+            taken = self._inbox.take(header["adapter"], self._step_from)
+            if not isinstance(taken, Taken):
+                return taken, b""
+            job.adapter, began = taken, True
             self._finished = {key: result for key, result in self._finished.items() if key[0] == header["round"]}
             job.results = [self._finished[key] for key in job.keys if key in self._finished]
             self._job = job
@@ -192,6 +167,12 @@ class Worker:
             parts.append(message if comes_along else b"")
         news = {"round": header["round"], "key": header["adapter"]["key"], "restarted": began}
         return {**news, "results": results, "running": job.running}, b"".join(parts)
+
+    def _step_from(self, before: Header, payload: bytes, about: Header, step: bytes) -> bytes:
+        joined = self._joined
+        assert joined is not None
+        returned = joined.config.aggregation.returned(about["step"]["round"])
+        return apply_step(before, payload, about, step, joined.initial, download_codec(joined.config), returned)
 
     def _get(self, header: Header, blob: bytes) -> Reply:
         found = self._finished.get((header["round"], header["key"], header["client"]))
@@ -266,9 +247,9 @@ class Worker:
         self._running = job
         about = job.request
         num_clients = len(about.get("clients", ())) or None
-        self._note(f"asked to {about['do']}", round=about["round"], received=len(job.payload), clients=num_clients)
+        self._note(f"asked to {about['do']}", round=about["round"], received=job.adapter.num_bytes, clients=num_clients)
         try:
-            adapter, control = unpack_adapter(about["adapter"], job.payload, joined.initial)
+            adapter, control = unpack_adapter(about["adapter"], job.adapter.payload, joined.initial)
             if about["do"] == "evaluate":
                 self._evaluate(job, joined, adapter)
             else:
