@@ -184,6 +184,8 @@ class ClientUpdate:
     """Optimizer steps taken in this round."""
     control_step: Mapping[str, Tensor] = field(default_factory=dict)
     """What the client's control variate changed by; empty: it has none."""
+    others: tuple[str, ...] = ()
+    """Clients that it stands for as well: it is the mean of all their updates, and its counts are their sums."""
     message: bytes | None = None
     """The compressed message that the update came in; None: it came as float32 tensors."""
 
@@ -347,6 +349,8 @@ class Aggregation(Plugin):
     """Whether a client may turn its factors, (B Q, Q^T A) with orthogonal Q, without changing what comes out."""
     sparse: ClassVar[bool] = False
     """Whether clients move few of the numbers, so that messages name these only, in both directions."""
+    sums: ClassVar[bool] = False
+    """Whether sums of updates and weights suffice, so that one update may stand for many clients."""
     robust: ClassVar[bool] = False
     """Whether the result is no weighted mean, so that an update may count for nothing, and each has to be seen."""
 

@@ -241,7 +241,11 @@ class _Answers:
         waiting: dict[str, ClientUpdate | ClientFailure] = {}
         num_usable = 0
         asked = time.perf_counter()
+        merged: set[str] = set()
         for task in self.tasks:
+            if task.client in merged:
+                num_usable += 1
+                continue
             while task.client not in waiting and (result := next(results, None)) is not None:
                 waiting[result.client] = result
             result = waiting.pop(task.client, ClientFailure(task.client, "no answer"))
@@ -251,6 +255,7 @@ class _Answers:
                 continue
             assert isinstance(result, ClientUpdate)
             num_usable += 1
+            merged |= set(result.others)
             if result.update.rank < task.adapter.rank:
                 self.ranks[task.client] = result.update.rank
             self.loss_sum += result.loss * result.num_tokens

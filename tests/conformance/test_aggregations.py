@@ -13,6 +13,7 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 from fedit.adapter import factor_of
+from fedit.aggregation.merging import Merged
 from fedit.config import load_plugins, parse_config
 from fedit.interfaces import Adapter, Aggregate, Aggregation, ClientUpdate, ConfigError, plugins
 from fedit.lowrank import LowRank
@@ -426,3 +427,34 @@ def test_the_same_twice_gives_the_same_bits(rule) -> None:
 
 def test_serialises_and_loads_back(rule) -> None:
     assert Aggregation.resolve(rule.model_dump(mode="json")) == rule
+
+
+@given(counts=COUNTS, seed=SEEDS, split=st.integers(1, 3))
+@settings(max_examples=15, deadline=None)
+def test_one_update_stands_for_many_where_sums_suffice(
+    rule: Aggregation, counts: list[int], seed: int, split: int
+) -> None:
+    """Two sites that send the means of their clients do what all clients do one by one."""
+    if not rule.sums:
+        pytest.skip("it needs each update")
+    case = Round.random(rule, counts, seed)
+    sites = []
+    for part in (case.updates[:split], case.updates[split:]):
+        merged = Merged(rule_weighting(rule))
+        for result in part:
+            merged.add(result)
+        if (one := merged.result()) is not None:
+            sites.append(one)
+    assert [name for one in sites for name in (one.client, *one.others)] == [one.client for one in case.updates]
+    assert sum(one.num_examples for one in sites) == sum(one.num_examples for one in case.updates)
+    whole, merged_delta = case.aggregate().delta, case.but(sites).aggregate().delta
+    for name, tensor in whole.items():
+        torch.testing.assert_close(merged_delta[name], tensor, rtol=1e-5, atol=1e-5)
+
+
+def test_who_needs_each_update_says_so() -> None:
+    """What does more than average factors is not among those that sums suffice for."""
+    able = {name for name, plugin in plugins("aggregation").items() if getattr(plugin, "sums", False)}
+    assert able == {
+        "fedit", "ffa-lora", "rolora", "lora-a2", "fedsa-lora", "fedsvd", "fed-sb", "tinylora", "fedkseed"
+    }  # fmt: skip

@@ -7,7 +7,7 @@ import json
 import random
 import re
 import threading
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -20,9 +20,19 @@ from fedit.config import RunConfig
 from fedit.engines import remote_site
 from fedit.engines.channel import ChannelError, Header
 from fedit.engines.remote import Remote
+from fedit.engines.simulation import Simulation
 from fedit.engines.site_folder import SiteFolder
 from fedit.federation import expected_of
-from fedit.interfaces import Adapter, EngineError, FeditError, RoundError
+from fedit.interfaces import (
+    Adapter,
+    ClientFailure,
+    ClientTask,
+    ClientUpdate,
+    ConfigError,
+    EngineError,
+    FeditError,
+    RoundError,
+)
 from fedit.prepare import prepare_model
 
 
@@ -522,3 +532,93 @@ def test_a_site_hosts_many_clients(recipe: Path, tmp_path: Path) -> None:
     assert records[0].cohort == ["all/a", "all/b", "all/c"]
     assert not any(record.failures for record in records)
     assert all(bool(tensor.isfinite().all()) for tensor in adapter.tensors.values())
+
+
+def hosting_all(folder: Path, rows: Path, more: str = "") -> Direct:
+    """Return a transport to one site that hosts the three clients."""
+    folder.mkdir()
+    (folder / "site.toml").write_text(
+        f'name = "all"\ndata = "{rows}"\ntest_data = "{rows.parent / "test.jsonl"}"\ndevice = "cpu"\n{more}'
+    )
+    return Direct({"all": SiteFolder.read(folder)})
+
+
+@pytest.mark.parametrize(
+    "overrides",
+    [
+        (),
+        ("aggregation.name=fedit", "aggregation.weighting=uniform"),
+        ("aggregation.name=fedit", "aggregation.weighting=tokens"),
+        ("aggregation.name=ffa-lora",),
+    ],
+    ids=" ".join,
+)
+@pytest.mark.parametrize("lost", [False, True])
+def test_a_site_that_sends_the_mean_of_its_clients(
+    recipe: Path, tmp_path: Path, overrides: tuple[str, ...], lost: bool
+) -> None:
+    """One update is fetched, also from a worker that restarts meanwhile; the rounds are the same but for rounding."""
+    single, merged = [], []
+    for seen, option in ((single, ()), (merged, ("engine.merge_clients=true",))):
+        direct = hosting_all(tmp_path / f"site{len(option)}", tmp_path / "rows")
+        count = itertools.count()
+
+        def restart(site: str, header: Header, direct: Direct = direct, count: Iterator[int] = count) -> None:
+            if header["do"] == "get" and next(count) == 1 and lost:
+                direct.stop("all")
+                direct.start("all")
+
+        direct.before = restart
+        try:
+            seen.append(federate(load(recipe, *overrides, *option), direct))
+        finally:
+            direct.close()
+    (adapter, records), (merged_adapter, merged_records) = single[0], merged[0]
+    for name, tensor in adapter.tensors.items():
+        torch.testing.assert_close(merged_adapter.tensors[name], tensor, rtol=1e-3, atol=1e-5)
+    for record, one in zip(records, merged_records, strict=True):
+        assert (one.cohort, one.failures, one.tokens) == (record.cohort, {}, record.tokens)
+        assert one.train_loss == pytest.approx(record.train_loss)
+        assert one.bytes_up == record.bytes_up // 3
+
+
+def test_a_client_that_fails_is_not_in_the_mean(recipe: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    direct = hosting_all(tmp_path / "site", tmp_path / "rows")
+    run = Simulation.run
+
+    def fail_first(self: Simulation, tasks: Sequence[ClientTask]) -> Iterator[ClientUpdate | ClientFailure]:
+        for result in run(self, tasks):
+            yield ClientFailure(result.client, "broken") if result.client == "all/a" else result
+
+    monkeypatch.setattr(Simulation, "run", fail_first)
+    try:
+        _, records = federate(load(recipe, "engine.merge_clients=true", "cohort.min_updates=2"), direct)
+    finally:
+        direct.close()
+    assert [record.failures for record in records] == [{"all/a": "broken"}] * 3
+
+
+def test_a_site_that_speaks_for_clients_of_others_is_not_heard(recipe: Path, direct: Direct) -> None:
+    def claim(header: Header, blob: bytes) -> tuple[Header, bytes]:
+        return {**header, "results": [{**one, "others": ["a"]} for one in header.get("results", ())]}, blob
+
+    spoil(direct, "b", claim)
+    _, records = federate(load(recipe, "rounds=1", "engine.merge_clients=true"), direct)
+    assert list(records[0].failures) == ["b"]
+    assert "stands for clients that were not asked" in records[0].failures["b"]
+
+
+@pytest.mark.parametrize(
+    "override",
+    [
+        "aggregation.name=fedex-lora",
+        "aggregation.name=median",
+        'aggregation={name="fedit", weighting="fednova"}',
+        "upload.quantizer=int8",
+        "objective.name=scaffold",
+    ],
+)
+def test_what_needs_each_client_refuses_means(recipe: Path, override: str) -> None:
+    more = ["client.optimizer=sgd", "client.clip_norm=none"] if "scaffold" in override else []
+    with pytest.raises(ConfigError, match="merge_clients sends the mean of a site's clients, but"):
+        load(recipe, override, "engine.merge_clients=true", *more)

@@ -233,7 +233,7 @@ class _Weights:
             weights = {
                 "examples": rows,
                 "tokens": float(result.num_tokens),
-                "uniform": 1.0,
+                "uniform": 1.0 + len(result.others),
                 "fednova": rows / max(1, result.num_steps),
             }
             weight = weights[self._weighting]

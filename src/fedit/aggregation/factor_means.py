@@ -40,6 +40,7 @@ class FedIT(Aggregation):
     """
 
     name: ClassVar[str] = "fedit"
+    sums: ClassVar[bool] = True
     weighting: Weighting = "examples"
 
     def aggregate(self, adapter: Adapter, updates: Iterable[ClientUpdate], rng: np.random.Generator) -> Aggregate:
@@ -103,6 +104,7 @@ class FedRotLoRA(FedIT):
     """
 
     name: ClassVar[str] = "fedrot-lora"
+    sums: ClassVar[bool] = False
     rotation_invariant: ClassVar[bool] = True
 
     def aggregate(self, adapter: Adapter, updates: Iterable[ClientUpdate], rng: np.random.Generator) -> Aggregate:
@@ -132,6 +134,7 @@ class LoRAFAIR(FedIT):
     """
 
     name: ClassVar[str] = "lora-fair"
+    sums: ClassVar[bool] = False
     regularisation: float = Field(default=0.01, gt=0)
 
     def aggregate(self, adapter: Adapter, updates: Iterable[ClientUpdate], rng: np.random.Generator) -> Aggregate:

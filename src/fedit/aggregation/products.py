@@ -172,6 +172,7 @@ class FedSVD(_Product):
     """
 
     name: ClassVar[str] = "fedsvd"
+    sums: ClassVar[bool] = True
     refactors: ClassVar[bool] = True
     rotation_invariant: ClassVar[bool] = False
 

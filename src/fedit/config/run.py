@@ -87,6 +87,8 @@ class RunConfig(Table):
                 f'{self.aggregation.name!r} trains its factors in turn. Use moments = "reset" with it.'
             )
         self._check_codecs()
+        if self.engine.merge_clients:
+            self._check_merging()
         for plugin in (
             self.data.template,
             self.partition,
@@ -97,6 +99,23 @@ class RunConfig(Table):
         ):
             if plugin is not None:
                 plugin.check(self)
+
+    def _check_merging(self) -> None:
+        rule, weighting = self.aggregation, getattr(self.aggregation, "weighting", "uniform")
+        sends_all = self.upload.is_plain and not rule.sparse and rule.ranks_kept == 1
+        problems = {
+            f"[aggregation] name = {rule.name!r}": not rule.sums,
+            f"[aggregation] weighting = {weighting!r}": weighting not in ("examples", "tokens", "uniform"),
+            "[upload], or a rule that sends few numbers,": not sends_all,
+            f"[objective] name = {self.objective.name!r}": self.objective.control_variates or self.objective.shrinkage,
+            "[adapter] rank with different ranks": not isinstance(self.adapter.rank, int),
+        }
+        for what, is_one in problems.items():
+            if is_one:
+                raise ConfigError(
+                    f"[engine] merge_clients sends the mean of a site's clients, but {what} needs each of them. Leave "
+                    "merge_clients out, or use fedit with one rank, plain updates and examples, tokens or uniform."
+                )
 
     def _check_codecs(self) -> None:
         rule = self.aggregation

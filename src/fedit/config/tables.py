@@ -295,5 +295,8 @@ class EngineConfig(Table):
     """Seconds that the sites of a real federation have for a round; who has not answered by then is a failure of it."""
     absent_s: float = Field(default=120.0, gt=0)
     """Seconds after which a site that cannot be reached is given up for the round."""
+    merge_clients: bool = False
+    """A real site sends the mean of its clients' updates and not each: less travels, the server sees no single client,
+    and what the mean of the factors loses within sites (`aggregation_loss`) is unknown."""
     join_s: float = Field(default=600.0, gt=0)
     """Seconds that the sites have to join, from the start of a run, with their models loaded."""

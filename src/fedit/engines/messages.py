@@ -163,6 +163,7 @@ def pack_update(update: ClientUpdate, codec: Codec, round_index: int) -> tuple[d
         "num_tokens": update.num_tokens,
         "loss": update.loss,
         "num_steps": update.num_steps,
+        "others": list(update.others),
         "bytes": len(message) - len(control.payload),
         "control": control.layout,
     }, message
@@ -184,6 +185,7 @@ def unpack_update(
             num_tokens=int(about["num_tokens"]),
             loss=float(about["loss"]),
             num_steps=int(about["num_steps"]),
+            others=tuple(str(client) for client in about["others"]),
             control_step=unpack(about["control"], blob[about["bytes"] :]),
             message=None if codec.is_plain else bytes(message),
         )

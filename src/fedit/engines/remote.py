@@ -24,7 +24,7 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 
 from fedit.config import RunConfig
 from fedit.engines.channel import Header
-from fedit.engines.remote_site import LONGEST_CALL_S, Answer, RemoteSite, SiteError, Transport
+from fedit.engines.remote_site import IN_ANOTHER, LONGEST_CALL_S, Answer, RemoteSite, SiteError, Transport
 from fedit.interfaces import Adapter, ClientFailure, ClientTask, ClientUpdate, EngineError
 
 log = logging.getLogger(__name__)
@@ -110,6 +110,8 @@ class Remote:
                 answer = answers[task.client].get(timeout=max(0.0, deadline - time.monotonic()) + 2 * LONGEST_CALL_S)
             except queue.Empty:
                 answer = ClientFailure(task.client, "no answer")
+            if answer is IN_ANOTHER:
+                continue
             if not isinstance(answer, ClientFailure):
                 answer = self._sites[self._site_of[task.client]].receive(task, answer)
             yield answer

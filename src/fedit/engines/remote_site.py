@@ -56,6 +56,8 @@ class SiteError(EngineError):
 
 Answer = ClientFailure | tuple[Header, bytes | None]
 """What came of a task: an update's header, and its message where it came along."""
+IN_ANOTHER: Answer = {}, None
+"""The client's update is in that of another client of its site."""
 
 
 class RemoteSite:
@@ -81,6 +83,8 @@ class RemoteSite:
         self._num_restarts = 0
         """Of its worker, in this round"""
         self._initial: dict[str, str] = {}
+        self._groups: dict[str, Sequence[ClientTask]] = {}
+        """The tasks that a client's were asked with"""
         self._held = "", -1
         """The adapter that it has: its name, and after how many rounds it was the global one"""
         self._codec = upload_codec(config)
@@ -121,7 +125,14 @@ class RemoteSite:
             for group in _of_equal_adapters(tasks):
                 for answer in self._results(group, deadline):
                     client = answer.client if isinstance(answer, ClientFailure) else answer[0]["client"]
+                    others = [] if isinstance(answer, ClientFailure) else answer[0]["others"]
+                    if not left.keys() >= set(others) or client in others:
+                        raise SiteError("its update stands for clients that were not asked, or answered")
+                    for other in others:
+                        del left[other]
+                        answers[other].put(IN_ANOTHER)
                     if left.pop(client, None) is not None:
+                        self._groups[client] = group
                         answers[client].put(answer)
         except SiteError as error:
             reason = str(error)
@@ -177,6 +188,7 @@ class RemoteSite:
             "adapter": about,
             "clients": {task.client: task.num_earlier for task in tasks},
             "inline": self._transport.inline_bytes,
+            "merge": self._config.engine.merge_clients,
         }
         yield from self._news(request, packed, deadline, tasks[0].step)
 
@@ -247,7 +259,7 @@ class RemoteSite:
             if answer.get("gone"):
                 if self._tuning is not None:  # or the two would interrupt each other
                     self._tuning.join(max(0.0, deadline - time.monotonic()))
-                for again in self._results([task], deadline):
+                for again in self._results(self._groups[task.client], deadline):
                     if isinstance(again, ClientFailure):
                         raise SiteError(again.reason)
                 continue

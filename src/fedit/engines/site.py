@@ -16,12 +16,13 @@ import sys
 import threading
 import time
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from hashlib import sha256
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from fedit.codec import download_codec, upload_codec
+from fedit.aggregation.merging import Merged
+from fedit.codec import Codec, download_codec, upload_codec
 from fedit.config import RunConfig, load_plugins, parse_config
 from fedit.engines.channel import Header, serve
 from fedit.engines.inbox import Inbox, Taken
@@ -29,7 +30,7 @@ from fedit.engines.joining import Joined, RefusalError, join_run
 from fedit.engines.messages import apply_step, pack_update, unpack_adapter
 from fedit.engines.site_folder import SiteFolder
 from fedit.evaluation.heldout import mean_loss
-from fedit.interfaces import Adapter, ClientFailure, ClientTask, ConfigError, FeditError
+from fedit.interfaces import Adapter, ClientFailure, ClientTask, ClientUpdate, ConfigError, FeditError
 from fedit.logs import log_to_stderr
 
 if TYPE_CHECKING:
@@ -57,6 +58,11 @@ class _Job:
     def key(self) -> tuple[Any, ...]:
         clients = tuple(self.request.get("clients", ()))
         return self.request["do"], self.request["round"], self.request["adapter"]["key"], clients
+
+    @property
+    def done(self) -> set[str]:
+        """The clients whose results are there, in updates of others too."""
+        return {name for about, _ in self.results for name in (about["client"], *about.get("others", ()))}
 
     @property
     def order(self) -> tuple[int, bool]:
@@ -259,7 +265,7 @@ class Worker:
             return  # nobody is to think that it is done
         except Exception as error:
             log.exception("round %s failed", about["round"])
-            done = {result["client"] for result, _ in job.results}
+            done = job.done
             reason = f"{type(error).__name__} while it tuned; the site's own log says more"
             for client in about.get("clients", {self._folder.name: 0}):
                 if client not in done:
@@ -270,7 +276,7 @@ class Worker:
 
     def _tune(self, job: _Job, joined: Joined, adapter: Adapter, control: Mapping[str, Tensor]) -> None:
         about, codec = job.request, upload_codec(joined.config)
-        done = {result["client"] for result, _ in job.results}
+        done = job.done
         tasks = [
             ClientTask(client, about["round"], adapter, int(num_earlier), control)
             for client, num_earlier in about["clients"].items()
@@ -278,24 +284,33 @@ class Worker:
         ]
         for client in about["clients"].keys() - joined.clients.keys():
             self._finish(job, {"client": client, "failure": "this site has no such client"}, b"")
+        merged = Merged(getattr(joined.config.aggregation, "weighting", "uniform")) if about.get("merge") else None
         for result in joined.engine.run(tasks) if tasks else ():
             if isinstance(result, ClientFailure):
                 self._finish(job, {"client": result.client, "failure": result.reason}, b"")
-                continue
-            if not math.isfinite(result.loss):
+            elif not math.isfinite(result.loss):
                 self._finish(job, {"client": result.client, "failure": f"its training loss is {result.loss}"}, b"")
-                continue
-            header, message = pack_update(result, codec, about["round"])
-            if not self._policy.counts:
-                header["num_examples"] = 1
-            if not self._policy.losses:
-                header |= {"loss": 0.0, "num_tokens": 0}
-            norm = sum(float(t.double().square().sum()) for t in result.update.tensors.values()) ** 0.5
-            self._note(
-                "sent", round=about["round"], client=result.client, bytes=len(message), norm=norm,
-                sha256=sha256(message).hexdigest(),
-            )  # fmt: skip
-            self._finish(job, header, message)
+            elif merged is not None:
+                merged.add(result if self._policy.counts else replace(result, num_examples=1))
+            else:
+                self._send(job, result, codec)
+        if merged is not None and (mean := merged.result()) is not None:
+            self._send(job, mean, codec)
+
+    def _send(self, job: _Job, result: ClientUpdate, codec: Codec) -> None:
+        """Make an update ready to be fetched, with what the policy lets leave."""
+        round_index = job.request["round"]
+        header, message = pack_update(result, codec, round_index)
+        if not self._policy.counts:
+            header["num_examples"] = 1 + len(result.others)
+        if not self._policy.losses:
+            header |= {"loss": 0.0, "num_tokens": 0}
+        norm = sum(float(t.double().square().sum()) for t in result.update.tensors.values()) ** 0.5
+        self._note(
+            "sent", round=round_index, client=result.client, merged=len(result.others) or None, bytes=len(message),
+            norm=norm, sha256=sha256(message).hexdigest(),
+        )  # fmt: skip
+        self._finish(job, header, message)
 
     def _evaluate(self, job: _Job, joined: Joined, adapter: Adapter) -> None:
         if not self._policy.evaluation:
