@@ -131,7 +131,6 @@ app = ClientApp()
 """
 
 
-@pytest.mark.filterwarnings("ignore:GitWildMatchPattern:DeprecationWarning")  # flwr (1.42) asks pathspec by an old name
 def test_code_that_arrives_is_run_nowhere(
     made: tuple[Deployment, Path], superlink: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
