@@ -13,7 +13,7 @@ import time
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import suppress
 from pathlib import Path
-from typing import Any
+from typing import Any, Protocol
 
 import psutil
 
@@ -22,6 +22,7 @@ from fedit.engines.channel import ChannelError, Header
 from fedit.engines.client_store import ClientStore
 from fedit.engines.courier import Courier
 from fedit.engines.remote import Remote
+from fedit.engines.remote_site import Transport
 from fedit.engines.simulation import Simulation
 from fedit.engines.site import Worker
 from fedit.engines.site_folder import SiteFolder
@@ -153,7 +154,14 @@ def simulate(config: RunConfig, store: Path) -> Finished:
     return state.adapter, records
 
 
-def federate(config: RunConfig, transport: Direct, **changed: str) -> Finished:
+class Sites(Transport, Protocol):
+    """A transport that knows its sites."""
+
+    @property
+    def folders(self) -> Mapping[str, Any]: ...
+
+
+def federate(config: RunConfig, transport: Sites, **changed: str) -> Finished:
     """Return what real sites, behind `transport`, make of a run."""
     import importlib.metadata
 

@@ -235,7 +235,8 @@ def check_certificate(file: Path, engine: Engine) -> None:
     if not begins <= now <= ends:
         raise ConfigError(
             f"The certificate {file} holds from {begins:%Y-%m-%d} to {ends:%Y-%m-%d}, and this machine's clock says "
-            f"{now:%Y-%m-%d %H:%M} UTC. If the clock is right, make the federation anew: `fedit federation init`."
+            f"{now:%Y-%m-%d %H:%M} UTC. If the clock is right, make the federation anew, in another folder: "
+            "`fedit federation init`."
         )
     if (ends - now).days < WARN_DAYS:
         log.warning("the certificate %s expires on %s", file, f"{ends:%Y-%m-%d}")

@@ -113,7 +113,7 @@ def run_round(config: RunConfig, engine: Engine, state: ServerState) -> tuple[Se
     tasks = []
     for client in cohort:
         adapter = state.adapter.cut(state.ranks.get(client, client_rank(config, clients, client)))
-        step = state.step if adapter is state.adapter else b""
+        step = state.step if adapter is state.adapter and not state.control else b""
         tasks.append(ClientTask(client, state.round_index, adapter, len(history[client]), state.control, step))
     answers = _Answers(tasks, config.aggregation.shared(state.round_index), config.objective.kept_rank)
     updates = answers.updates(engine.run(tasks), config.cohort.min_updates)
@@ -244,18 +244,19 @@ class _Answers:
         merged: set[str] = set()
         for task in self.tasks:
             if task.client in merged:
-                num_usable += 1
+                num_usable += task.client not in self.failures
                 continue
             while task.client not in waiting and (result := next(results, None)) is not None:
                 waiting[result.client] = result
             result = waiting.pop(task.client, ClientFailure(task.client, "no answer"))
             failure = result.reason if isinstance(result, ClientFailure) else self._unusable(task, result)
+            others = () if isinstance(result, ClientFailure) else result.others
+            merged |= set(others)
             if failure is not None:
-                self.failures[task.client] = failure
+                self.failures |= dict.fromkeys((task.client, *others), failure)
                 continue
             assert isinstance(result, ClientUpdate)
             num_usable += 1
-            merged |= set(result.others)
             if result.update.rank < task.adapter.rank:
                 self.ranks[task.client] = result.update.rank
             self.loss_sum += result.loss * result.num_tokens

@@ -443,9 +443,10 @@ def test_one_update_stands_for_many_where_sums_suffice(
         merged = Merged(rule_weighting(rule))
         for result in part:
             merged.add(result)
-        if (one := merged.result()) is not None:
+        if (one := merged.result([one.client for one in reversed(part)])) is not None:
             sites.append(one)
-    assert [name for one in sites for name in (one.client, *one.others)] == [one.client for one in case.updates]
+    for one, part in zip(sites, (case.updates[:split], case.updates[split:]), strict=False):
+        assert [one.client, *one.others] == [each.client for each in reversed(part)], "in the order that is asked for"
     assert sum(one.num_examples for one in sites) == sum(one.num_examples for one in case.updates)
     whole, merged_delta = case.aggregate().delta, case.but(sites).aggregate().delta
     for name, tensor in whole.items():

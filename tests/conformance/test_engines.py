@@ -34,6 +34,7 @@ from fedit.interfaces import (
     RoundError,
 )
 from fedit.prepare import prepare_model
+from fedit.server import RoundRecord, ServerState, train
 
 
 @pytest.fixture
@@ -582,6 +583,98 @@ def test_a_site_that_sends_the_mean_of_its_clients(
         assert one.bytes_up == record.bytes_up // 3
 
 
+def test_whoever_finishes_first_the_mean_is_the_first_clients(recipe: Path, tmp_path: Path) -> None:
+    """With as many steps as rows the clients end in another order than they have; every one of them counts."""
+    options = ("client.local_steps=none", "client.local_epochs=1", "client.batch_size=1", "engine.slots=3")
+    direct = hosting_all(tmp_path / "site", tmp_path / "rows")
+    try:
+        _, records = federate(load(recipe, *options, "engine.merge_clients=true", "cohort.min_updates=3"), direct)
+    finally:
+        direct.close()
+    assert [(record.cohort, record.failures) for record in records] == [(["all/a", "all/b", "all/c"], {})] * 3
+
+
+def test_a_mean_that_cannot_be_used_is_the_failure_of_all_that_it_is_of(
+    recipe: Path, direct: Direct, tmp_path: Path
+) -> None:
+    """And the updates of other sites are taken as they come."""
+    direct.close()
+    (tmp_path / "rows" / "b").mkdir()
+    for name in ("b1", "b2"):
+        (tmp_path / "rows" / "b" / f"{name}.jsonl").write_text((tmp_path / "rows" / "b.jsonl").read_text())
+    file = direct.folders["b"].path / "site.toml"
+    file.write_text(file.read_text().replace("b.jsonl", "b"))
+    direct = Direct({name: SiteFolder.read(folder.path) for name, folder in direct.folders.items()})
+    try:
+        spoil(
+            direct, "b", lambda header, blob: (header, np.full(1, np.nan, "<f4").tobytes() + blob[4:] if blob else blob)
+        )
+        _, (record,) = federate(load(recipe, "rounds=1", "engine.merge_clients=true", "cohort.min_updates=2"), direct)
+        assert record.cohort == ["a", "b/b1", "b/b2", "c"]
+        assert list(record.failures) == ["b/b1", "b/b2"]
+        assert all("not finite" in reason for reason in record.failures.values())
+        spoil(direct, "b", lambda header, blob: (header, b""))
+        _, (record,) = federate(load(recipe, "rounds=1", "engine.merge_clients=true", "cohort.min_updates=2"), direct)
+        assert list(record.failures) == ["b/b1", "b/b2"]
+        assert all("ended after" in reason for reason in record.failures.values())
+    finally:
+        direct.close()
+
+
+def test_a_failed_client_is_nobody_elses_failure_when_the_worker_restarts(
+    recipe: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    run, asked = Simulation.run, []
+
+    def fail_first(self: Simulation, tasks: Sequence[ClientTask]) -> Iterator[ClientUpdate | ClientFailure]:
+        asked.append([task.client for task in tasks])
+        for result in run(self, tasks):
+            yield ClientFailure(result.client, "broken") if result.client == "all/a" else result
+
+    monkeypatch.setattr(Simulation, "run", fail_first)
+    direct = hosting_all(tmp_path / "site", tmp_path / "rows")
+    count = itertools.count()
+
+    def restart(site: str, header: Header) -> None:
+        if header["do"] == "get" and next(count) == 3:
+            direct.stop("all")
+            direct.start("all")
+
+    direct.before = restart
+    try:
+        _, records = federate(load(recipe, "rounds=1"), direct)
+    finally:
+        direct.close()
+    assert [record.failures for record in records] == [{"all/a": "broken"}]
+    assert len(asked) > 1
+
+
+def test_an_adapter_that_was_evaluated_is_not_sent_again(recipe: Path, direct: Direct) -> None:
+    """Whole or as a step: it comes once, for the evaluation or for the next round."""
+    for override, per_round in (("download.quantizer=fp32", 1), ("download.quantizer=int8", 1)):
+        config = load(recipe, override)
+        prepared = prepare_model(config)
+        engine = Remote(config, direct, SITES, expected_of(prepared))
+        engine.join()
+        direct.calls.clear()
+        losses = []
+
+        def finish(
+            state: ServerState, record: RoundRecord, engine: Remote = engine, losses: list[Any] = losses
+        ) -> None:
+            losses.append(engine.evaluate(state.adapter, state.round_index - 1, state.step))
+
+        before = direct.before
+        sent = bytes_down(direct)
+        train(config, engine, ServerState(0, prepared.initial), finish)
+        direct.before = before
+        assert [set(each) for each in losses] == [set(SITES)] * 3
+        pieces = {site: len([key for key in sent if key[1] == site]) for site in SITES}
+        assert pieces == dict.fromkeys(SITES, 3 * per_round), "three new adapters, each sent once"
+        whole = max(sent.values())
+        assert all(size == whole for size in sent.values()) or override.endswith("int8")
+
+
 def test_a_client_that_fails_is_not_in_the_mean(recipe: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     direct = hosting_all(tmp_path / "site", tmp_path / "rows")
     run = Simulation.run
@@ -605,7 +698,7 @@ def test_a_site_that_speaks_for_clients_of_others_is_not_heard(recipe: Path, dir
     spoil(direct, "b", claim)
     _, records = federate(load(recipe, "rounds=1", "engine.merge_clients=true"), direct)
     assert list(records[0].failures) == ["b"]
-    assert "stands for clients that were not asked" in records[0].failures["b"]
+    assert "stands for clients that were not asked for one" in records[0].failures["b"]
 
 
 @pytest.mark.parametrize(

@@ -60,6 +60,7 @@ class FedSALoRA(FedIT):
     """
 
     name: ClassVar[str] = "fedsa-lora"
+    sums: ClassVar[bool] = True
 
     def shared(self, round_index: int) -> Collection[str]:
         return ("lora_A",)

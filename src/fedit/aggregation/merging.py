@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import replace
 from typing import TYPE_CHECKING
 
@@ -46,13 +47,15 @@ class Merged:
             loss=(before.loss * before.num_tokens + result.loss * result.num_tokens) / max(1, num_tokens),
         )
 
-    def result(self) -> ClientUpdate | None:
-        """Return the mean, as an update of the first client that stands for the others; None: there was none.
+    def result(self, order: Sequence[str]) -> ClientUpdate | None:
+        """Return the mean, as the update of the first client in `order`, for the others too; None: there is none.
 
         Where nobody has a weight it is zero, and weighs nothing.
         """
         if self._first is None:
             return None
+        first, *others = sorted((self._first.client, *self._first.others), key=list(order).index)
         divisor = self._total or 1.0
         mean = {name: (tensor / divisor).float() for name, tensor in self._sums.items()}
-        return replace(self._first, update=self._first.update.with_tensors(mean))
+        update = self._first.update.with_tensors(mean)
+        return replace(self._first, client=first, others=tuple(others), update=update)

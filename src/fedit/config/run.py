@@ -104,7 +104,7 @@ class RunConfig(Table):
         rule, weighting = self.aggregation, getattr(self.aggregation, "weighting", "uniform")
         sends_all = self.upload.is_plain and not rule.sparse and rule.ranks_kept == 1
         problems = {
-            f"[aggregation] name = {rule.name!r}": not rule.sums,
+            f"[aggregation] name = {rule.name!r}": not _sums_suffice(type(rule)),
             f"[aggregation] weighting = {weighting!r}": weighting not in ("examples", "tokens", "uniform"),
             "[upload], or a rule that sends few numbers,": not sends_all,
             f"[objective] name = {self.objective.name!r}": self.objective.control_variates or self.objective.shrinkage,
@@ -147,3 +147,8 @@ class RunConfig(Table):
         """Return a short name of the configuration: another one has another, whatever keys fedit gains."""
         changed = self.model_dump(mode="json", exclude_defaults=True)
         return hashlib.sha256(json.dumps(changed, sort_keys=True).encode()).hexdigest()[:16]
+
+
+def _sums_suffice(rule: type[Aggregation]) -> bool:
+    """Tell whether the class that defines how a rule aggregates says that sums suffice; another cannot inherit that."""
+    return next((vars(each).get("sums", False) for each in rule.__mro__ if "aggregate" in vars(each)), False)

@@ -296,7 +296,7 @@ class EngineConfig(Table):
     absent_s: float = Field(default=120.0, gt=0)
     """Seconds after which a site that cannot be reached is given up for the round."""
     merge_clients: bool = False
-    """A real site sends the mean of its clients' updates and not each: less travels, the server sees no single client,
-    and what the mean of the factors loses within sites (`aggregation_loss`) is unknown."""
+    """A real site sends the mean of its clients' updates and not each: less travels, the server sees none of several
+    clients alone, and what the mean of the factors loses within sites (`aggregation_loss`) is unknown."""
     join_s: float = Field(default=600.0, gt=0)
     """Seconds that the sites have to join, from the start of a run, with their models loaded."""

@@ -27,6 +27,6 @@ class Courier:
     def sites(self) -> Traffic:
         """Return the sites that the courier can call; none where there is no courier."""
         try:
-            return call(self._socket, {"do": "sites"}, timeout_s=5.0)[0]["sites"]
+            return call(self._socket, {"do": "sites"}, timeout_s=5.0)[0].get("sites", {})
         except ChannelError:
             return {}

@@ -63,6 +63,8 @@ class Inbox:
 
         `apply` makes it of the adapter before, ``about, payload`` of that, and of the new one's ``about`` and its step.
         """
+        if self._last is not None and self._last[0]["key"] == about["key"]:
+            return Taken(self._last[1], 0)
         arriving, step = self._arriving, about.get("step")
         if arriving is not None and arriving.key == about["key"]:
             if arriving.missing is not None:

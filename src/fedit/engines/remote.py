@@ -112,9 +112,13 @@ class Remote:
                 answer = ClientFailure(task.client, "no answer")
             if answer is IN_ANOTHER:
                 continue
-            if not isinstance(answer, ClientFailure):
-                answer = self._sites[self._site_of[task.client]].receive(task, answer)
-            yield answer
+            if isinstance(answer, ClientFailure):
+                yield answer
+                continue
+            result = self._sites[self._site_of[task.client]].receive(task, answer)
+            yield result
+            if isinstance(result, ClientFailure):
+                yield from (ClientFailure(other, result.reason) for other in answer[0]["others"])
 
     def evaluate(self, adapter: Adapter, round_index: int, step: bytes = b"") -> dict[str, tuple[float, int]]:
         """Return each site's mean held-out loss per response token, nats, and the number of these tokens; sites that

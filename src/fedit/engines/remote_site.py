@@ -85,8 +85,8 @@ class RemoteSite:
         self._initial: dict[str, str] = {}
         self._groups: dict[str, Sequence[ClientTask]] = {}
         """The tasks that a client's were asked with"""
-        self._held = "", -1
-        """The adapter that it has: its name, and after how many rounds it was the global one"""
+        self._held = "", -1, 0
+        """The adapter that it has: its name, after how many rounds it was the global one, its rank"""
         self._codec = upload_codec(config)
         self._was_absent = False
         self._trouble = ""
@@ -126,8 +126,8 @@ class RemoteSite:
                 for answer in self._results(group, deadline):
                     client = answer.client if isinstance(answer, ClientFailure) else answer[0]["client"]
                     others = [] if isinstance(answer, ClientFailure) else answer[0]["others"]
-                    if not left.keys() >= set(others) or client in others:
-                        raise SiteError("its update stands for clients that were not asked, or answered")
+                    if others:
+                        self._check_others(client, others, [task.client for task in group if task.client in left])
                     for other in others:
                         del left[other]
                         answers[other].put(IN_ANOTHER)
@@ -144,6 +144,12 @@ class RemoteSite:
         for client in left:
             answers[client].put(ClientFailure(client, reason))
 
+    def _check_others(self, client: str, others: Sequence[str], asked: Sequence[str]) -> None:
+        """Refuse an update that stands for other clients than the site may speak for; the first of them sends it."""
+        stands_for = [name for name in asked if name == client or name in others]
+        if not self._config.engine.merge_clients or stands_for != [client, *others]:
+            raise SiteError("its update stands for clients that were not asked for one, or have answered")
+
     def receive(self, task: ClientTask, answer: tuple[Header, bytes | None]) -> Result:
         """Return the update that `answer` announces; what has not come along is fetched."""
         about, message = answer
@@ -158,7 +164,7 @@ class RemoteSite:
             if size > 2 * most:
                 return ClientFailure(task.client, f"an update of {size:,} bytes, where {most:,} are too many")
             if message is None:
-                message = self._fetch(task, size, time.monotonic() + self._config.engine.deadline_s)
+                message = self._fetch(task, about, size, time.monotonic() + self._config.engine.deadline_s)
         except SiteError as error:
             return ClientFailure(task.client, str(error))
         except Exception as error:  # whatever a site sends, the round goes on without it
@@ -199,9 +205,9 @@ class RemoteSite:
         """
         seen = 0
         packed_step = packed
-        number = request["round"] + (request["do"] == "evaluate")
-        held, held_number = self._held
-        if step and held != packed.key and held_number == number - 1:
+        number, rank = request["round"] + (request["do"] == "evaluate"), request["adapter"]["rank"]
+        held, *which = self._held
+        if step and held != packed.key and which == [number - 1, rank]:
             packed_step, request["adapter"]["step"] = pack_step(step, held, number - 1)
         while True:
             self._check(deadline)
@@ -213,7 +219,7 @@ class RemoteSite:
                 log.warning("site %s answered something that was not asked; asking again", self.name)
                 time.sleep(RETRY_S[0])
                 continue
-            self._held = packed.key, number
+            self._held = packed.key, number, rank
             if answer.get("restarted"):
                 seen = 0
             for about in answer["results"]:
@@ -241,7 +247,7 @@ class RemoteSite:
             if answer.get("missing") is not None:  # it has begun anew meanwhile
                 return
 
-    def _fetch(self, task: ClientTask, size: int, deadline: float) -> bytearray:
+    def _fetch(self, task: ClientTask, about: Header, size: int, deadline: float) -> bytearray:
         """Return an update's message piece by piece; a worker that was restarted tunes the client again."""
         message = bytearray()
         key = pack_adapter(task.adapter, task.control, self._initial)[0].key
@@ -259,14 +265,22 @@ class RemoteSite:
             if answer.get("gone"):
                 if self._tuning is not None:  # or the two would interrupt each other
                     self._tuning.join(max(0.0, deadline - time.monotonic()))
-                for again in self._results(self._groups[task.client], deadline):
-                    if isinstance(again, ClientFailure):
-                        raise SiteError(again.reason)
+                self._tune_again(task, about, deadline)
                 continue
             if len(piece) < min(self._transport.piece_bytes, size - len(message)):
                 raise SiteError(f"its update ended after {len(message):,} of {size:,} bytes")
             message += piece
         return message
+
+    def _tune_again(self, task: ClientTask, about: Header, deadline: float) -> None:
+        """Let a worker that was restarted make an update once more, which it announced with `about`."""
+        others = about["others"]
+        for again in self._results(self._groups[task.client] if others else [task], deadline):
+            if isinstance(again, ClientFailure):
+                if again.client in (task.client, *others):
+                    raise SiteError(again.reason)
+            elif again[0]["client"] == task.client and any(again[0][n] != about[n] for n in ("others", "num_examples")):
+                raise SiteError("after a restart its update stands for other clients than before")
 
     def _ask(self, header: Header, blob: bytes, deadline: float, *, patient: bool = False) -> tuple[Header, bytes]:
         """Return the site's answer; calls are made again until they have one.

@@ -294,7 +294,7 @@ class Worker:
                 merged.add(result if self._policy.counts else replace(result, num_examples=1))
             else:
                 self._send(job, result, codec)
-        if merged is not None and (mean := merged.result()) is not None:
+        if merged is not None and (mean := merged.result(list(about["clients"]))) is not None:
             self._send(job, mean, codec)
 
     def _send(self, job: _Job, result: ClientUpdate, codec: Codec) -> None:

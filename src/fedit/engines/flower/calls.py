@@ -12,6 +12,8 @@ from fedit.logs import log_to_stderr
 
 HEARTBEAT_S = 10
 """The shortest interval that the SuperLink takes; a site counts as gone after twice as long."""
+MAX_OBJECTS = 8
+"""Parts of a message; ours have three."""
 POLL_S = 0.02, 1.0
 """First and longest pause between two questions whether there is a message."""
 

@@ -37,43 +37,48 @@ def make_kits(folder: Path, host: str, port: int, sites: Sequence[str]) -> None:
     for secret in (authority, folder / "server"):
         secret.chmod(0o700)
     make_authority(authority)
-    if not (server / "server.pem").is_file():
+    issued = authority / "issued"
+    issued.mkdir(exist_ok=True)
+    if not (issued / "server").exists():
         make_certificate(authority, server, "server", list(dict.fromkeys((host, "localhost", "127.0.0.1"))))
+        (issued / "server").touch()
         write_secret(server / "superexec.secret", secrets.token_bytes(32))
         (server / "server.json").write_text(json.dumps({"host": host, "port": port}))
     for site in sites:
-        kit = folder / "sites" / site / "kit"
-        if kit.exists():
+        kit, public = folder / "sites" / site / "kit", issued / f"{site}.pub"
+        if public.exists():  # its folder may be at the site by now; another key would shut it out
             continue
         kit.parent.mkdir(parents=True, exist_ok=True)
         kit.parent.chmod(0o700)
         key = make_certificate(authority, kit, site)
         (kit / "server.json").write_text(json.dumps({"host": host, "port": port}))
-        (server / "sites" / f"{site}.pub").write_bytes(key)
+        public.write_bytes(key)
+    for public in issued.glob("*.pub"):
+        (server / "sites" / public.name).write_bytes(public.read_bytes())
 
 
 NGINX = """
 # Written at every start. Sites reach the paths of Flower's Fleet API and nothing else, with a certificate of ours.
 {user}
-pid {kit}/nginx.pid;
+pid "{kit}/nginx.pid";
 error_log stderr warn;
 events {{ worker_connections 1024; }}
 http {{
     access_log off;
-    client_body_temp_path {kit}/tmp;
-    proxy_temp_path {kit}/tmp;
-    fastcgi_temp_path {kit}/tmp;
-    uwsgi_temp_path {kit}/tmp;
-    scgi_temp_path {kit}/tmp;
+    client_body_temp_path "{kit}/tmp";
+    proxy_temp_path "{kit}/tmp";
+    fastcgi_temp_path "{kit}/tmp";
+    uwsgi_temp_path "{kit}/tmp";
+    scgi_temp_path "{kit}/tmp";
     upstream superlink {{
         server {address};
         keepalive 32;
     }}
     server {{
         listen {port} ssl;{and_ipv6}
-        ssl_certificate {kit}/server.pem;
-        ssl_certificate_key {kit}/server.key;
-        ssl_client_certificate {kit}/ca.pem;
+        ssl_certificate "{kit}/server.pem";
+        ssl_certificate_key "{kit}/server.key";
+        ssl_client_certificate "{kit}/ca.pem";
         ssl_verify_client on;
         ssl_protocols TLSv1.2 TLSv1.3;
         error_page 495 496 =403 @refused;
@@ -89,7 +94,7 @@ http {{
             proxy_pass https://superlink;
             proxy_http_version 1.1;
             proxy_set_header Connection "";
-            proxy_ssl_trusted_certificate {kit}/ca.pem;
+            proxy_ssl_trusted_certificate "{kit}/ca.pem";
             proxy_ssl_verify on;
             proxy_ssl_name localhost;
             proxy_max_temp_file_size 0;
@@ -114,6 +119,8 @@ def server_programs(folder: Path) -> list[Program]:
             "Debian and Ubuntu: apt install nginx-light"
         )
     kit = folder / "kit"
+    if unusable := set(str(kit)) & set('"$\\\n'):
+        raise EngineError(f"nginx cannot be given the path {kit}, for its {' '.join(map(repr, unusable))}. Rename it.")
     port = json.loads((kit / "server.json").read_text(encoding="utf-8"))["port"]
     address = f"127.0.0.1:{_free_port()}"
     and_ipv6 = f" listen [::]:{port} ssl;" if socket.has_dualstack_ipv6() else ""

@@ -12,24 +12,27 @@ import threading
 import time
 from collections.abc import Callable, Mapping
 from concurrent.futures import Future
-from contextlib import closing
+from contextlib import closing, suppress
 from pathlib import Path
 from typing import Any
 
 from flwr.app import Message
 from flwr.cli.build import build_fab_from_files
 from flwr.common.serde import fab_to_proto, run_from_proto
-from flwr.proto import control_pb2, runtime_pb2
+from flwr.proto import control_pb2, message_pb2, runtime_pb2
 from flwr.supercore.constant import TaskType
 from flwr.supercore.control.control_http_client import ControlHttpClient
 from flwr.supercore.fab import Fab
+from flwr.supercore.inflatable.inflatable_object import iterate_object_tree
+from flwr.supercore.inflatable.inflatable_protobuf_utils import make_pull_object_fn_protobuf
+from flwr.supercore.inflatable.inflatable_utils import inflate_object_from_contents, pull_objects
 from flwr.supercore.interceptors import RuntimeVersionHttpInterceptor, SuperExecAuthHttpInterceptor
 from flwr.supercore.runtime import RuntimeHttpClient
 from flwr.supercore.task_identity import TaskIdentity
 from flwr.superlink.grid import HttpGrid
 
 from fedit.engines.channel import Header, serve
-from fedit.engines.flower.calls import POLL_S, content_of, read, until_terminated
+from fedit.engines.flower.calls import MAX_OBJECTS, POLL_S, content_of, read, until_terminated
 from fedit.errors import EngineError
 
 log = logging.getLogger(__name__)
@@ -38,6 +41,8 @@ START_S = 30.0
 """What the SuperLink may take to hand out a run's task"""
 BEAT_S = 5.0
 """Between two heartbeats of the run"""
+LATE_S = 10.0
+"""After a call's time is over, its answer is still taken off the SuperLink"""
 LONGEST_POLL_S = 0.25
 """The longest pause between two questions whether there are answers"""
 APP = b"""
@@ -82,6 +87,9 @@ def start_run(address: str, kit: Path) -> HttpGrid:
     with ControlHttpClient.from_server_address(
         address, False, trusted, [RuntimeVersionHttpInterceptor("flwr CLI")]
     ) as control:
+        for earlier, run in control.ListRuns(control_pb2.ListRunsRequest()).run_dict.items():
+            if run.status.status != "finished":  # of a courier that was killed: or its messages are kept
+                control.StopRun(control_pb2.StopRunRequest(run_id=earlier))
         run_id = control.StartRun(control_pb2.StartRunRequest(fab=fab_to_proto(Fab("", app, {})))).run_id
     secret = (kit / "superexec.secret").read_bytes()
     signs = SuperExecAuthHttpInterceptor(master_secret=secret, protected_methods=["/flwr.proto.Runtime/AcquireTask"])
@@ -110,7 +118,10 @@ class ServerCourier:
         self._grid = grid
         self._nodes = nodes
         self._traffic: dict[str, dict[str, Any]] = {}
-        self._awaited: dict[str, Future[Message]] = {}
+        self._client = grid._runtime_client
+        self._awaited: dict[str, Future[tuple[message_pb2.Message, message_pb2.ObjectTree]]] = {}
+        self._late: dict[str, float] = {}
+        """Calls that nobody waits for any more, and how long their answers may come, to be forgotten"""
         self._changed = threading.Condition()
         self._is_asked = False
         """There is a call since the answers were last asked for"""
@@ -135,25 +146,53 @@ class ServerCourier:
 
     def _keep_alive(self, over: threading.Event) -> None:
         while not over.wait(BEAT_S):
-            if not self._grid._runtime_client.SendTaskHeartbeat(runtime_pb2.SendTaskHeartbeatRequest()).success:
+            if not self._client.SendTaskHeartbeat(runtime_pb2.SendTaskHeartbeatRequest()).success:
                 raise EngineError("it does not know the run")
 
     def _collect(self, over: threading.Event) -> None:
-        """Give the answers that have come to whoever waits for them."""
+        """Tell whoever waits for an answer that it has come; they fetch it themselves, however long that takes."""
         pause, longest = POLL_S[0], LONGEST_POLL_S
         while not over.is_set():
             with self._changed:
                 if self._changed.wait_for(lambda: self._is_asked, pause):
                     pause = POLL_S[0]
                 self._is_asked = False
-                names = list(self._awaited)
-            replies = list(self._grid.pull_messages(names)) if names else []
-            for reply in replies:
+                self._late = {name: until for name, until in self._late.items() if until > time.monotonic()}
+                names = [*self._awaited, *self._late]
+            if not names:
+                continue
+            pulled = self._client.PullMessages(runtime_pb2.PullAppMessagesRequest(message_ids=names))
+            for message, tree in zip(pulled.messages_list, pulled.message_object_trees, strict=True):
                 with self._changed:
-                    future = self._awaited.pop(reply.metadata.reply_to_message_id, None)
-                if future is not None:
-                    future.set_result(reply)
-            pause = POLL_S[0] if replies else min(longest, 1.3 * pause)
+                    future = self._awaited.pop(message.metadata.reply_to_message_id, None)
+                if future is None:
+                    self._confirm(message.metadata.message_id)
+                else:
+                    future.set_result((message, tree))
+            pause = POLL_S[0] if pulled.messages_list else min(longest, 1.3 * pause)
+
+    def _fetch(self, announced: message_pb2.Message, tree: message_pb2.ObjectTree, timeout_s: float) -> Message:
+        """Return an answer with its content."""
+        pull = make_pull_object_fn_protobuf(self._client.PullObject, self._grid.node, self._grid.run.run_id)
+        names = [part.object_id for part in iterate_object_tree(tree)]
+        if len(names) > MAX_OBJECTS:
+            raise EngineError(f"an answer of {len(names)} parts")
+        parts = pull_objects(names, pull, max_time=timeout_s, max_tries_per_object=None, backoff_cap=0.5)
+        name = announced.metadata.message_id
+        self._confirm(name)
+        message = inflate_object_from_contents(name, parts)
+        if not isinstance(message, Message):
+            raise EngineError("something else than a message")
+        return message
+
+    def _confirm(self, name: str) -> None:
+        """Let the SuperLink forget a message, which it would keep as long as the run."""
+        with suppress(Exception):
+            self._client.ConfirmMessageReceived(
+                message_pb2.ConfirmMessageReceivedRequest(
+                    node=self._grid.node, run_id=self._grid.run.run_id, message_object_id=name
+                )
+            )
 
     def _connected(self) -> dict[str, int]:
         """Return the nodes of the sites that are connected."""
@@ -173,21 +212,23 @@ class ServerCourier:
         if site not in connected:
             return {"error": "the site is not connected"}, b""
         asked, timeout_s = json.dumps(header), header["timeout_s"]
-        message = Message(content_of(asked, blob), connected[site], "query", ttl=timeout_s + 5.0)
+        end = time.monotonic() + timeout_s
+        message = Message(content_of(asked, blob), connected[site], "query", ttl=timeout_s + LATE_S)
         (name,) = self._grid.push_messages([message])
         if not name:
             return {"error": "the SuperLink does not take the message"}, b""
-        future: Future[Message] = Future()
+        future: Future[tuple[message_pb2.Message, message_pb2.ObjectTree]] = Future()
         with self._changed:
             self._awaited[name], self._is_asked = future, True
             self._changed.notify_all()
         try:
-            reply = future.result(timeout_s)
+            reply = self._fetch(*future.result(timeout_s), max(1.0, end - time.monotonic()))
         except TimeoutError:
-            return {"error": "no answer from the site"}, b""
-        finally:
             with self._changed:
                 self._awaited.pop(name, None)
+                self._late[name] = end + LATE_S
+            self._confirm(name)
+            return {"error": "no answer from the site"}, b""
         if not reply.has_content():
             return {"error": f"no answer from the site ({reply.error.reason})"}, b""
         answer, content = read(reply.content)

@@ -35,7 +35,7 @@ from flwr.supernode.fleet_http_client import FleetHttpClient
 from flwr.supernode.node_auth_http_interceptor import NodeAuthHttpInterceptor
 
 from fedit.engines.channel import ChannelError, Header, call
-from fedit.engines.flower.calls import HEARTBEAT_S, POLL_S, content_of, read, until_terminated
+from fedit.engines.flower.calls import HEARTBEAT_S, MAX_OBJECTS, POLL_S, content_of, read, until_terminated
 from fedit.errors import EngineError
 
 log = logging.getLogger(__name__)
@@ -44,8 +44,6 @@ RETRY_S = 1.0, 15.0
 """First and longest pause between two attempts to connect"""
 MAX_OBJECT = 65 << 20
 """Bytes of an answer of the server's that a site reads"""
-MAX_OBJECTS = 8
-"""Parts of a message; ours have three"""
 MAX_CALLS = 16
 """At the same time"""
 
@@ -107,15 +105,18 @@ class SiteCourier:
 
     def _keep_alive(self, lost: threading.Event) -> None:
         beat = heartbeat_pb2.SendNodeHeartbeatRequest(node=self._node, heartbeat_interval=HEARTBEAT_S)
-        while not lost.wait(HEARTBEAT_S / 3):
-            with suppress(httpx.TransportError):  # whoever pulls messages notices it, too
-                try:
-                    known = self._client.SendNodeHeartbeat(beat).success
-                except httpx.HTTPStatusError as error:
-                    known = error.response.status_code in (502, 503, 504)  # nginx's, while the SuperLink is away
-                if not known:
-                    log.warning("the server does not know this site any more")
-                    lost.set()
+        try:
+            while not lost.wait(HEARTBEAT_S / 3):
+                with suppress(httpx.TransportError):  # whoever pulls messages notices it, too
+                    try:
+                        known = self._client.SendNodeHeartbeat(beat).success
+                    except httpx.HTTPStatusError as error:
+                        known = error.response.status_code in (502, 503, 504)  # nginx's, while the SuperLink is away
+                    if not known:
+                        log.warning("the server does not know this site any more")
+                        return
+        finally:
+            lost.set()
 
     def _answer(self, proto: message_pb2.Message, tree: message_pb2.ObjectTree) -> None:
         try:
