@@ -74,20 +74,21 @@ def test_calls_that_are_lost_or_heard_twice_in_pieces(
 
 def test_updates_of_many_megabytes(made: tuple[Deployment, Path], tmp_path: Path) -> None:
     deployment, recipe = made
-    calls = Calls(deployment)
-    config = load(recipe, "adapter.rank=12000", "rounds=2")
+    calls = Calls(deployment, piece_bytes=1 << 20)
+    config = load(recipe, "adapter.rank=3000", "rounds=1")
     federated = federate(config, calls)
     assert_equal(federated, simulate(config, tmp_path / "store"))
     assert federated[1][0].bytes_up > 3 * 2 * calls.piece_bytes
 
 
 def test_a_site_that_is_slow_fails_at_the_deadline_and_its_late_answer_is_not_taken(
-    made: tuple[Deployment, Path], tmp_path: Path
+    made: tuple[Deployment, Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Its worker stands still in round 1, and wakes up in round 2."""
     deployment, recipe = made
     (pid,) = deployment.pids("fedit.engines.site", str(deployment.site("a")))
     calls = Calls(deployment)
+    monkeypatch.setattr(remote_site, "CALL_S", 3.0)
     asleep = threading.Event()
     call = calls.call
 

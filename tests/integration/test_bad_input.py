@@ -148,7 +148,7 @@ def test_a_quantised_base_without_a_gpu_or_its_package(refused, monkeypatch: pyt
 
 
 def test_memory_that_does_not_hold_the_base(refused) -> None:
-    message = refused("EngineError", *options(engine__memory_gb=0.0001))
+    message = refused("MemoryShortageError", *options(engine__memory_gb=0.0001))
     assert "[engine] memory: 0.00 GB do not hold the base" in message
     assert "raise [engine] memory_gb" in message
     assert "Nothing was saved yet." in message

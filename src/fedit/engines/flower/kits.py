@@ -73,6 +73,7 @@ http {{
     upstream superlink {{
         server {address};
         keepalive 32;
+        keepalive_timeout 3s;
     }}
     server {{
         listen {port} ssl;{and_ipv6}

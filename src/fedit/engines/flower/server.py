@@ -37,6 +37,8 @@ from fedit.errors import EngineError
 
 log = logging.getLogger(__name__)
 
+TRIES = 3
+"""To reach the SuperLink, whose connections may end when they are used; then the run counts as gone."""
 START_S = 30.0
 """What the SuperLink may take to hand out a run's task"""
 BEAT_S = 5.0
@@ -103,7 +105,7 @@ def start_run(address: str, kit: Path) -> HttpGrid:
                 raise EngineError(f"it did not hand out the task of run {run_id}")
             time.sleep(0.1)
     grid = HttpGrid(address, False, trusted, token=got.token)
-    grid._retry_invoker.max_tries = 1  # whoever made a call makes it again
+    grid._retry_invoker.max_tries = TRIES
     given = grid._runtime_client.PullTaskInput(runtime_pb2.PullTaskInputRequest())
     TaskIdentity.task_id, TaskIdentity.run_id = given.task_id, given.run.run_id
     TaskIdentity.node_id = given.context.node_id

@@ -14,6 +14,7 @@ import time
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import closing, suppress
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import httpx
 from cryptography.hazmat.primitives.asymmetric.ec import EllipticCurvePrivateKey
@@ -38,14 +39,35 @@ from fedit.engines.channel import ChannelError, Header, call
 from fedit.engines.flower.calls import HEARTBEAT_S, MAX_OBJECTS, POLL_S, content_of, read, until_terminated
 from fedit.errors import EngineError
 
+if TYPE_CHECKING:
+    from flwr.supercore.protobuf.client import ProtobufCall, ProtobufRequestContext
+
 log = logging.getLogger(__name__)
 
 RETRY_S = 1.0, 15.0
 """First and longest pause between two attempts to connect"""
+RETRY_AFTER_S = 0.1, 1.0
+"""Pauses between attempts of one request"""
+NOBODY_THERE = 502, 503, 504
+"""nginx's answers while the SuperLink is away"""
 MAX_OBJECT = 65 << 20
 """Bytes of an answer of the server's that a site reads"""
 MAX_CALLS = 16
 """At the same time"""
+
+
+class Retry:
+    """Makes a request again, a few times, where nothing came of it: a connection may end just when it is used."""
+
+    def intercept(self, context: ProtobufRequestContext, call_next: ProtobufCall) -> httpx.Response:
+        """Send a request as it is; its signature holds for minutes."""
+        for pause in RETRY_AFTER_S:
+            with suppress(httpx.TransportError):
+                response = call_next(context)
+                if response.status_code not in NOBODY_THERE:
+                    return response
+            time.sleep(pause)
+        return call_next(context)
 
 
 class SiteCourier:
@@ -64,7 +86,9 @@ class SiteCourier:
         trusted.load_cert_chain(kit / f"{name}.pem", kit / f"{name}.key")
         signs = NodeAuthHttpInterceptor(key, key.public_key())
         self._client = FleetHttpClient(
-            f"https://{self.address}", interceptors=[RuntimeVersionHttpInterceptor("SuperNode"), signs], verify=trusted
+            f"https://{self.address}",
+            interceptors=[RuntimeVersionHttpInterceptor("SuperNode"), signs, Retry()],
+            verify=trusted,
         )
         http = self._client._client
         http.follow_redirects = False
@@ -111,7 +135,7 @@ class SiteCourier:
                     try:
                         known = self._client.SendNodeHeartbeat(beat).success
                     except httpx.HTTPStatusError as error:
-                        known = error.response.status_code in (502, 503, 504)  # nginx's, while the SuperLink is away
+                        known = error.response.status_code in NOBODY_THERE
                     if not known:
                         log.warning("the server does not know this site any more")
                         return
