@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import json
+import shutil
 import socket
+import subprocess
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -12,6 +14,7 @@ import pytest
 
 from fedit import deployment
 from fedit.engines.site_folder import SiteFolder
+from fedit.interfaces import EngineError
 
 Fedit = Callable[..., Any]
 
@@ -128,3 +131,38 @@ def test_a_site_of_another_engine_is_said(fedit: Fedit, tmp_path: Path) -> None:
     done = fedit("site", "start", folder / "sites" / "a")
     assert done.status == 1
     assert "holds no kit of nvflare" in " ".join(done.stderr.split())
+
+
+def test_more_sites_get_kits_and_the_others_keep_their_keys(fedit: Fedit, tmp_path: Path) -> None:
+    """Wherever the folders of the server and of the sites are by then; with Flower a site is its key."""
+    pytest.importorskip("flwr", reason="needs fedit[flower]")
+    folder = tmp_path / "fed"
+    init = ("federation", "init", folder, "--engine", "flower", "--sites")
+    assert fedit(*init, "north,south").status == 0
+    north = (folder / "server" / "kit" / "sites" / "north.pub").read_bytes()
+    (folder / "sites" / "north").rename(tmp_path / "north")
+    assert fedit(*init, "west").status == 0
+    assert not (folder / "sites" / "north" / "kit").exists()
+    assert (folder / "server" / "kit" / "sites" / "north.pub").read_bytes() == north
+    (folder / "server").rename(tmp_path / "server")
+    assert fedit(*init, "east").status == 0
+    kit = folder / "server" / "kit"
+    assert {file.stem for file in (kit / "sites").iterdir()} == {"north", "south", "west", "east"}
+    assert not (kit / "server.pem").exists(), "the server has one"
+    assert (kit / "sites" / "north.pub").read_bytes() == north
+
+
+def test_nginx_takes_a_folder_with_a_space(tmp_path: Path) -> None:
+    pytest.importorskip("flwr", reason="needs fedit[flower]")
+    nginx = shutil.which("nginx", path="/usr/sbin:/usr/bin")
+    if nginx is None:
+        pytest.skip("needs nginx")
+    from fedit.engines.flower import kits
+
+    folder = tmp_path / "our federation"
+    kits.make_kits(folder, "localhost", 18099, ["a"])
+    _, program, _ = kits.server_programs(folder / "server")
+    done = subprocess.run([*program.command, "-t"], capture_output=True, text=True, check=False)
+    assert "test is successful" in done.stderr
+    with pytest.raises(EngineError, match="nginx cannot be given the path"):
+        kits.server_programs(tmp_path / 'with"quotes')
