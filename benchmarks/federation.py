@@ -1,6 +1,6 @@
 """What real sites cost: seconds of a round and peak memory of every process, by the size of the adapter.
 
-    python benchmarks/federation.py --model MODEL --data ROWS [--ranks 124,2480,12400] [--sites 1] [--upload bf16]
+    python benchmarks/federation.py --model MODEL --data ROWS [--ranks 124,2480] [--sites 1] [--upload bf16] [--download bf16]
 
 One server and its sites on this machine, behind NVIDIA FLARE or Flower with mutual TLS; two rounds of one step of one
 row, so that nearly all is transport. The same rounds in simulation stand beside.
@@ -32,6 +32,7 @@ data = {{ path = "{data}", max_length = 128 }}
 partition = {{ name = "{partition}", num_clients = {sites} }}
 client = {{ local_steps = 1, batch_size = 1 }}
 upload = {{ quantizer = "{upload}" }}
+download = {{ quantizer = "{download}" }}
 evaluation = {{ every = 0, baselines = false, max_new_tokens = 0 }}
 engine = {{ slots = 1, join_s = 600 }}
 """
@@ -44,6 +45,7 @@ def main() -> None:
     parser.add_argument("--ranks", default="124,2480,12400")
     parser.add_argument("--sites", type=int, default=1)
     parser.add_argument("--upload", default="fp32")
+    parser.add_argument("--download", default="fp32")
     parser.add_argument("--port", type=int, default=18077)
     parser.add_argument("--engine", choices=PROCESSES, default="nvflare")
     arguments = parser.parse_args()
