@@ -1,6 +1,7 @@
 """What real sites cost: seconds of a round and peak memory of every process, by the size of the adapter.
 
-    python benchmarks/federation.py --model MODEL --data ROWS [--ranks 124,2480] [--sites 1] [--upload bf16] [--download bf16]
+    python benchmarks/federation.py --model MODEL --data ROWS [--ranks 124,2480] [--sites 1] [--upload bf16]
+                                   [--download bf16] [--engine flower]
 
 One server and its sites on this machine, behind NVIDIA FLARE or Flower with mutual TLS; two rounds of one step of one
 row, so that nearly all is transport. The same rounds in simulation stand beside.
