@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import importlib.metadata
 import importlib.util
+import json
 import logging
 import shutil
 import socket
@@ -33,6 +34,8 @@ CERTIFICATES: Mapping[Engine, tuple[str, str]] = {
 """Of the server and of a site, in their kits"""
 PACKAGES: Mapping[Engine, str] = {"nvflare": "nvflare", "flower": "flwr"}
 FILE = "federation.json"
+PROBE_S = 5.0
+"""Between two looks for a server that is not there"""
 WARN_DAYS = 30
 """Before a certificate expires its operator is told at every start"""
 
@@ -255,4 +258,26 @@ def start_site(folder: Path, stopped: threading.Event) -> None:
     )
     worker = Program("worker", [sys.executable, "-m", "fedit.engines.site", str(site.path)], site.path)
     programs = [worker, *engine.site_programs(site.path, site.name)]
+    if site.config.engine == "nvflare":  # whose client says nothing of why it does not connect
+        about = json.loads((site.path / "kit" / "startup" / "fed_client.json").read_text(encoding="utf-8"))
+        address = about["servers"][0]["service"]["target"]
+        threading.Thread(target=tell_unreachable, args=(address, stopped), daemon=True).start()
     supervise(programs, site.path / "logs", stopped)
+
+
+def tell_unreachable(address: str, stopped: threading.Event) -> None:
+    """Log why nobody listens at ``host:port``, whenever that changes, until somebody does."""
+    host, _, port = address.rpartition(":")
+    trouble = ""
+    while not stopped.is_set():
+        try:
+            socket.create_connection((host.strip("[]"), int(port)), timeout=PROBE_S).close()
+        except OSError as error:
+            if str(error) != trouble:
+                trouble = str(error)
+                log.warning("the server at %s cannot be reached (%s); trying again until it can", address, trouble)
+        else:
+            if trouble:
+                log.warning("the server at %s can be reached", address)
+            return
+        stopped.wait(PROBE_S)

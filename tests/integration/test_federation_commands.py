@@ -6,6 +6,7 @@ import json
 import shutil
 import socket
 import subprocess
+import threading
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -166,3 +167,19 @@ def test_nginx_takes_a_folder_with_a_space(tmp_path: Path) -> None:
     assert "test is successful" in done.stderr
     with pytest.raises(EngineError, match="nginx cannot be given the path"):
         kits.server_programs(tmp_path / 'with"quotes')
+
+
+def test_a_server_that_is_not_there_is_said_once_and_when_it_is(
+    monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    monkeypatch.setattr(deployment, "PROBE_S", 0.05)
+    with socket.socket() as server:
+        server.bind(("127.0.0.1", 0))
+        address = f"127.0.0.1:{server.getsockname()[1]}"
+        threading.Timer(0.5, server.listen).start()
+        with caplog.at_level("WARNING"):
+            deployment.tell_unreachable(address, threading.Event())
+    told = [record.message for record in caplog.records]
+    assert len(told) == 2
+    assert "cannot be reached ([Errno 111] Connection refused)" in told[0]
+    assert told[1] == f"the server at {address} can be reached"
