@@ -133,9 +133,13 @@ class ServerCourier:
     def run(self, path: Path, stopped: threading.Event) -> None:
         """Serve calls at the socket `path` until `stopped`, or until the run is gone."""
         over = threading.Event()
-        for work in (self._keep_alive, self._collect):
+
+        def wait(over: threading.Event) -> None:
+            while not (over.is_set() or stopped.wait(0.2)):
+                pass
+
+        for work in (self._keep_alive, self._collect, wait):
             threading.Thread(target=self._until_over, args=(work, over), daemon=True).start()
-        threading.Thread(target=lambda: (stopped.wait(), over.set()), daemon=True).start()
         serve(path, self.handle, over)
 
     def _until_over(self, work: Callable[[threading.Event], None], over: threading.Event) -> None:
@@ -167,6 +171,7 @@ class ServerCourier:
             for message, tree in zip(pulled.messages_list, pulled.message_object_trees, strict=True):
                 with self._changed:
                     future = self._awaited.pop(message.metadata.reply_to_message_id, None)
+                    self._late.pop(message.metadata.reply_to_message_id, None)
                 if future is None:
                     self._confirm(message.metadata.message_id)
                 else:
@@ -176,12 +181,13 @@ class ServerCourier:
     def _fetch(self, announced: message_pb2.Message, tree: message_pb2.ObjectTree, timeout_s: float) -> Message:
         """Return an answer with its content."""
         pull = make_pull_object_fn_protobuf(self._client.PullObject, self._grid.node, self._grid.run.run_id)
-        names = [part.object_id for part in iterate_object_tree(tree)]
-        if len(names) > MAX_OBJECTS:
-            raise EngineError(f"an answer of {len(names)} parts")
-        parts = pull_objects(names, pull, max_time=timeout_s, max_tries_per_object=None, backoff_cap=0.5)
-        name = announced.metadata.message_id
-        self._confirm(name)
+        name, names = announced.metadata.message_id, [part.object_id for part in iterate_object_tree(tree)]
+        try:
+            if len(names) > MAX_OBJECTS:
+                raise EngineError(f"an answer of {len(names)} parts")
+            parts = pull_objects(names, pull, max_time=timeout_s, max_tries_per_object=None, backoff_cap=0.5)
+        finally:
+            self._confirm(name)
         message = inflate_object_from_contents(name, parts)
         if not isinstance(message, Message):
             raise EngineError("something else than a message")
