@@ -1,7 +1,7 @@
 """What real sites cost: seconds of a round and peak memory of every process, by the size of the adapter.
 
     python benchmarks/federation.py --model MODEL --data ROWS [--ranks 124,2480] [--sites 1] [--upload bf16]
-                                   [--download bf16] [--engine flower]
+                                   [--download bf16] [--engine flower] [--optimizer sgd]
 
 One server and its sites on this machine, behind NVIDIA FLARE or Flower with mutual TLS; two rounds of one step of one
 row, so that nearly all is transport. The same rounds in simulation stand beside.
@@ -30,8 +30,8 @@ rounds = 2
 model = {{ path = "{model}" }}
 adapter = {{ rank = {rank}, alpha = {rank} }}
 data = {{ path = "{data}", max_length = 128 }}
-partition = {{ name = "{partition}", num_clients = {sites} }}
-client = {{ local_steps = 1, batch_size = 1 }}
+partition = {{ {partition} }}
+client = {{ local_steps = 1, batch_size = 1, optimizer = "{optimizer}" }}
 upload = {{ quantizer = "{upload}" }}
 download = {{ quantizer = "{download}" }}
 evaluation = {{ every = 0, baselines = false, max_new_tokens = 0 }}
@@ -47,12 +47,15 @@ def main() -> None:
     parser.add_argument("--sites", type=int, default=1)
     parser.add_argument("--upload", default="fp32")
     parser.add_argument("--download", default="fp32")
+    parser.add_argument("--optimizer", default="adamw", help="sgd needs two adapters less of memory at the site")
     parser.add_argument("--port", type=int, default=18077)
     parser.add_argument("--engine", choices=PROCESSES, default="nvflare")
     arguments = parser.parse_args()
     names = [f"site{index}" for index in range(arguments.sites)]
     with tempfile.TemporaryDirectory(prefix="fedit-") as temporary:
         folder = Path(temporary)
+        ranks = list(map(int, arguments.ranks.split(",")))
+        simulated = {rank: seconds_simulated(folder, arguments, rank) for rank in ranks}
         where = ["--port", arguments.port, "--engine", arguments.engine]
         run([*FEDIT, "federation", "init", folder / "f", "--sites", ",".join(names), *where])
         server = folder / "f" / "server"
@@ -69,8 +72,8 @@ def main() -> None:
             columns = COLUMNS if arguments.engine == "flower" else COLUMNS[:-1]
             print(f"| {' | '.join(columns)} |")
             print("|---" * len(columns) + "|", flush=True)
-            for rank in arguments.ranks.split(","):
-                measure(folder, server, arguments, int(rank))
+            for rank in ranks:
+                measure(folder, server, arguments, rank, simulated[rank])
         finally:
             for process in processes:
                 process.send_signal(signal.SIGTERM)
@@ -78,24 +81,32 @@ def main() -> None:
                 process.wait()
 
 
-def measure(folder: Path, server: Path, arguments: argparse.Namespace, rank: int) -> None:
-    seconds, peaks = {}, {}
-    for kind in ("federation", "simulation"):
-        recipe, out = folder / f"{kind}-{rank}.toml", folder / f"{kind}-{rank}"
-        partition = "iid" if kind == "simulation" else "natural"
-        text = RECIPE.format(partition=partition, rank=rank, **vars(arguments))
-        recipe.write_text(text if kind == "simulation" else text.replace(f", num_clients = {arguments.sites}", ""))
-        command = ["run", recipe] if kind == "simulation" else ["federation", "run", recipe, "--server", server]
-        run([*FEDIT, *command, "--out", out])
-        timing = [json.loads(line) for line in (out / "timings.jsonl").read_text().splitlines()][1]
-        seconds[kind], peaks[kind] = timing["seconds"], timing["peak_memory_bytes"]
-        if kind == "federation":
-            adapter = json.loads((out / "rounds.jsonl").read_text().splitlines()[0])["bytes_down"] / arguments.sites
-            peaks |= {name: peak_memory(folder, words) for name, words in PROCESSES[arguments.engine].items()}
-        shutil.rmtree(out)
-    cells = [str(rank), f"{adapter / 1e6:.1f} MB", f"{seconds['federation']:.1f} s", f"{seconds['simulation']:.1f} s"]
-    cells += [f"{peaks[name] / 1e9:.2f} GB" for name in ("federation", *PROCESSES[arguments.engine])]
-    print(f"| {' | '.join(cells)} |", flush=True)
+def seconds_simulated(folder: Path, arguments: argparse.Namespace, rank: int) -> float:
+    partition = f'name = "iid", num_clients = {arguments.sites}'
+    return run_recipe(folder, "simulation", arguments, rank, partition, "run")["seconds"]
+
+
+def measure(folder: Path, server: Path, arguments: argparse.Namespace, rank: int, simulated: float) -> None:
+    command = ("federation", "run", "--server", server)
+    timing = run_recipe(folder, "federation", arguments, rank, 'name = "natural"', *command)
+    peaks = [timing["peak_memory_bytes"]]
+    peaks += [peak_memory(folder, words) for words in PROCESSES[arguments.engine].values()]
+    adapter = timing["bytes_down"] / arguments.sites
+    cells = [str(rank), f"{adapter / 1e6:.1f} MB", f"{timing['seconds']:.1f} s", f"{simulated:.1f} s"]
+    print(f"| {' | '.join([*cells, *(f'{peak / 1e9:.2f} GB' for peak in peaks)])} |", flush=True)
+
+
+def run_recipe(
+    folder: Path, kind: str, arguments: argparse.Namespace, rank: int, partition: str, *command: object
+) -> dict[str, float]:
+    """Run two rounds; return what the second took, and the bytes that the first sent."""
+    recipe, out = folder / f"{kind}-{rank}.toml", folder / f"{kind}-{rank}"
+    recipe.write_text(RECIPE.format(partition=partition, rank=rank, **vars(arguments)))
+    run([*FEDIT, *command, recipe, "--out", out])
+    timing = json.loads((out / "timings.jsonl").read_text().splitlines()[1])
+    record = json.loads((out / "rounds.jsonl").read_text().splitlines()[0])
+    shutil.rmtree(out)
+    return {**timing, "bytes_down": record["bytes_down"]}
 
 
 COLUMNS = ["rank", "adapter", "round 2", "in simulation", "server", "its courier", "worker", "its courier", "SuperLink"]

@@ -19,6 +19,8 @@ import pytest
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerFast
 
+pytest.register_assert_rewrite("engine_suite")
+
 TESTS = Path(__file__).parent
 BOS, EOS = 0, 1
 TIERS = ("unit", "conformance", "invariant", "integration", "deployment")

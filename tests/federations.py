@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import shutil
 import signal
 import socket
 import subprocess
@@ -13,7 +14,7 @@ import time
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import suppress
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any
 
 import psutil
 
@@ -26,6 +27,7 @@ from fedit.engines.remote_site import Transport
 from fedit.engines.simulation import Simulation
 from fedit.engines.site import Worker
 from fedit.engines.site_folder import SiteFolder
+from fedit.federation import expected_of
 from fedit.interfaces import Adapter
 from fedit.prepare import prepare_data, prepare_model
 from fedit.server import RoundRecord, ServerState, train
@@ -53,13 +55,25 @@ learning_rate = 1e-2
 device = "cpu"
 slots = 1
 deadline_s = 120
-absent_s = 5
+absent_s = 60
 join_s = 60
 """
 
 
+KINDS = {
+    "plain": ("rows/{site}.jsonl", ""),
+    "many": ("rows", ""),
+    "pair": ("pair", ""),
+    "broken": ("broken.jsonl", ""),
+    "poor": ("rows/{site}.jsonl", "memory_gb = 0.0001\n"),
+    "silent": ("rows/{site}.jsonl", "[policy]\ncounts = false\nlosses = false\nevaluation = false\n"),
+    "small": ("rows/{site}.jsonl", "[policy]\nmax_message_mb = 0.001\n"),
+}
+"""What a site may be: its rows, and the end of its site.toml"""
+
+
 def write_rows(folder: Path, num_rows: int = 8) -> Path:
-    """Write a file of rows for each site, and one of held-out rows beside them."""
+    """Write a file of rows for each site, held-out rows beside them, a pair of clients, and a file that is broken."""
     rows = folder / "rows"
     rows.mkdir(parents=True)
     for index, name in enumerate((*SITES, "test")):
@@ -69,6 +83,10 @@ def write_rows(folder: Path, num_rows: int = 8) -> Path:
             for number in range(num_rows + index)
         ]
         file.write_text("".join(json.dumps(line) + "\n" for line in lines))
+    (folder / "pair").mkdir()
+    for name in ("b1", "b2"):
+        shutil.copy(rows / "b.jsonl", folder / "pair" / f"{name}.jsonl")
+    (folder / "broken.jsonl").write_text("this is no JSON\n")
     return rows
 
 
@@ -79,14 +97,50 @@ def write_recipe(folder: Path, model: Path) -> Path:
     return recipe
 
 
-def write_site(folder: Path, name: str, rows: Path, more: str = "") -> SiteFolder:
-    """Make a site's folder for the rows of `name`."""
+def write_site(folder: Path, name: str, rows: Path, more: str = "", kind: str = "plain") -> None:
+    """Make a site's folder, or change its site.toml."""
     folder.mkdir(parents=True, exist_ok=True)
-    test = rows.parent / "test.jsonl"
-    (folder / "site.toml").write_text(
-        f'name = "{name}"\ndata = "{rows / f"{name}.jsonl"}"\ntest_data = "{test}"\ndevice = "cpu"\n{more}'
-    )
-    return SiteFolder.read(folder)
+    data, end = KINDS[kind]
+    paths = f'data = "{rows.parent / data.format(site=name)}"\ntest_data = "{rows.parent / "test.jsonl"}"\n'
+    (folder / "site.toml").write_text(f'name = "{name}"\n{paths}device = "cpu"\n{more}{end}')
+
+
+class Sites:
+    """A `Transport` to the three sites, which tests may spoil: `before` and `after` may change a call or lose it."""
+
+    def __init__(self, recipe: Path, folders: Path, more: str = "") -> None:
+        self.recipe = recipe
+        self.rows = recipe.parent / "rows"
+        self.piece_bytes, self.inline_bytes = 1000, 500
+        self.calls: list[tuple[str, str]] = []
+        self.before: Callable[[str, Header], None] = lambda site, header: None
+        self.after: Callable[[str, Header, tuple[Header, bytes]], tuple[Header, bytes]] = lambda site, header, r: r
+        self._folders = folders
+        self._more = more
+        for site in SITES:
+            self.become(site, "plain")
+
+    def become(self, site: str, kind: str) -> None:
+        """Change what a site has and allows, from the next run on; its clients are numbered anew."""
+        (self._folders / site / "client-numbers.json").unlink(missing_ok=True)
+        write_site(self._folders / site, site, self.rows, self._more, kind)
+
+    def folder_of(self, site: str) -> SiteFolder:
+        return SiteFolder.read(self._folders / site)
+
+    def restart(self, site: str) -> None:
+        """Kill a site's worker; another takes its place."""
+        raise NotImplementedError
+
+    def call(self, site: str, header: Mapping[str, Any], blob: bytes, timeout_s: float) -> tuple[Header, bytes]:
+        asked: Header = json.loads(json.dumps(header))
+        self.calls.append((site, asked["do"]))
+        self.before(site, asked)
+        answer, reply = self._carry(site, asked, blob, timeout_s)
+        return self.after(site, asked, (json.loads(json.dumps(answer)), reply))
+
+    def _carry(self, site: str, header: Header, blob: bytes, timeout_s: float) -> tuple[Header, bytes]:
+        raise NotImplementedError
 
 
 LOADING = threading.Lock()
@@ -99,44 +153,54 @@ class _Worker(Worker):
             return super()._load(config, expected, run)
 
 
-class Direct:
-    """A `Transport` to workers in threads of this process; `before` and `after` may spoil a call."""
+class Direct(Sites):
+    """Sites whose workers are threads of this process."""
 
-    piece_bytes = 1000
-    inline_bytes = 500
-
-    def __init__(self, folders: Mapping[str, SiteFolder]) -> None:
-        self.folders = dict(folders)
+    def __init__(self, folder: Path, model: Path) -> None:
+        super().__init__(write_recipe(folder, model), folder / "sites")
         self.workers: dict[str, Worker] = {}
         self.threads: dict[str, threading.Thread] = {}
-        self.calls: list[tuple[str, str]] = []
-        self.before: Callable[[str, Header], None] = lambda site, header: None
-        self.after: Callable[[str, Header, tuple[Header, bytes]], tuple[Header, bytes]] = lambda site, header, r: r
-        for site in folders:
-            self.start(site)
+        for site in SITES:
+            self._start(site)
 
-    def start(self, site: str) -> None:
-        self.workers[site] = worker = _Worker(self.folders[site])
+    def _start(self, site: str) -> None:
+        self.workers[site] = worker = _Worker(self.folder_of(site))
         self.threads[site] = threading.Thread(target=worker.work, daemon=True)
         self.threads[site].start()
 
-    def stop(self, site: str) -> None:
+    def _stop(self, site: str) -> None:
         worker = self.workers.pop(site)
         worker.stop()
         self.threads[site].join(timeout=10)
 
+    def restart(self, site: str) -> None:
+        self._stop(site)
+        self._start(site)
+
     def close(self) -> None:
         for site in list(self.workers):
-            self.stop(site)
+            self._stop(site)
 
-    def call(self, site: str, header: Mapping[str, Any], blob: bytes, timeout_s: float) -> tuple[Header, bytes]:
-        asked: Header = json.loads(json.dumps(header))
-        self.calls.append((site, asked["do"]))
-        self.before(site, asked)
+    def _carry(self, site: str, header: Header, blob: bytes, timeout_s: float) -> tuple[Header, bytes]:
         if site not in self.workers:
             raise ChannelError("nobody listens")
-        answer, reply = self.workers[site].handle(asked, blob)
-        return self.after(site, asked, (json.loads(json.dumps(answer)), reply))
+        return self.workers[site].handle(header, blob)
+
+
+class Deployed(Sites):
+    """Sites as processes, which calls reach through both couriers of an engine."""
+
+    def __init__(self, deployment: Deployment, recipe: Path, model: Path) -> None:
+        super().__init__(recipe, deployment.folder / "sites", deployment.site_toml(model))
+        self.piece_bytes, self.inline_bytes = 12_000, 500  # a call through Flower takes 0.1 s
+        self._deployment = deployment
+        self._courier = Courier(deployment.server)
+
+    def restart(self, site: str) -> None:
+        self._deployment.kill("fedit.engines.site", str(self._deployment.site(site)))
+
+    def _carry(self, site: str, header: Header, blob: bytes, timeout_s: float) -> tuple[Header, bytes]:
+        return self._courier.call(site, header, blob, timeout_s)
 
 
 Finished = tuple[Adapter, list[RoundRecord]]
@@ -154,24 +218,10 @@ def simulate(config: RunConfig, store: Path) -> Finished:
     return state.adapter, records
 
 
-class Sites(Transport, Protocol):
-    """A transport that knows its sites."""
-
-    @property
-    def folders(self) -> Mapping[str, Any]: ...
-
-
-def federate(config: RunConfig, transport: Sites, **changed: str) -> Finished:
-    """Return what real sites, behind `transport`, make of a run."""
-    import importlib.metadata
-
+def federate(config: RunConfig, sites: Transport, names: Sequence[str] = SITES, **changed: str) -> Finished:
+    """Return what real sites make of a run; `changed` is what the server says that it has, and has not."""
     prepared = prepare_model(config)
-    expected = {
-        "fedit": importlib.metadata.version("fedit"),
-        "base": prepared.weights_sha256,
-        "tokenizer": prepared.tokenizer_sha256,
-    }
-    engine = Remote(config, transport, list(transport.folders), expected | changed)
+    engine = Remote(config, sites, names, {**expected_of(prepared), **changed})
     engine.join()
     records: list[RoundRecord] = []
     state = ServerState(0, prepared.initial)
@@ -203,7 +253,11 @@ class Deployment:
         where = ["--host", host, "--port", port, "--engine", engine]
         fedit("federation", "init", folder, "--sites", ",".join(SITES), *where)
         for site in SITES:
-            write_site(folder / "sites" / site, site, rows, f'model = "{model}"\nengine = "{engine}"\n')
+            write_site(self.site(site), site, rows, self.site_toml(model))
+
+    def site_toml(self, model: Path) -> str:
+        """Return what the sites of this federation have in their site.toml beside their rows."""
+        return f'model = "{model}"\nengine = "{self.engine}"\n'
 
     def start(self, *names: str, prefix: Sequence[str] = ()) -> None:
         """Start the processes of the server or of sites; `prefix` is what they are started by."""

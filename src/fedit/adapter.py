@@ -70,12 +70,16 @@ class Adapter:
     def with_tensors(self, tensors: Mapping[str, Tensor]) -> Adapter:
         return Adapter(tensors, self.rank, self.lora_alpha, self.side)
 
+    @property
+    def is_plain(self) -> bool:
+        """Whether A and B are all."""
+        return all(factor_of(name) in FACTORS for name in self.tensors)
+
     def plain(self) -> Adapter:
         """Return the same adapter as A and B alone: with a core, B R in place of B; with directions, B along them."""
-        cores = cores_of(self.tensors)
-        if not cores and ALONG not in self.tensors:
+        if self.is_plain:
             return self
-        tensors = self.only(FACTORS)
+        cores, tensors = cores_of(self.tensors), self.only(FACTORS)
         if ALONG in self.tensors:
             tensors |= moved_along(self.only(["lora_B"]), self.tensors[ALONG], self.tensors[SEEDS].tolist())
         for module, core in cores.items():

@@ -15,12 +15,11 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from safetensors import safe_open
-from safetensors.torch import save
 
 from fedit.cohort import client_rank, mean_share
 from fedit.config import RunConfig
 from fedit.evaluation.metrics import LOCAL_PREFIX
-from fedit.files import write_atomically
+from fedit.files import write_tensors
 from fedit.interfaces import FACTORS, Adapter, derive_seed
 from fedit.model import StackedModel
 from fedit.optimizer import Moments
@@ -161,6 +160,7 @@ def _train_piece(
         name = result.task.name
         tokens[name] = tokens.get(name, 0) + result.num_tokens
         if result.failure is None:
+            assert result.moments is not None
             adapters[name], moments[name] = result.adapter, result.moments
         else:
             failures[name] = result.failure
@@ -188,7 +188,7 @@ def _write(path: Path, saved: _Saved, trained: Collection[str]) -> None:
         "tokens": saved.trained.tokens,
         "failures": saved.trained.failures,
     }
-    write_atomically(path, save(tensors, {"fedit": json.dumps(about)}))
+    write_tensors(path, tensors, {"fedit": json.dumps(about)})
 
 
 def _read(path: Path, group: Sequence[TuningTask]) -> _Saved:

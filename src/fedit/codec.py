@@ -26,7 +26,7 @@ if TYPE_CHECKING:
 
 GROUP = 256
 """Neighbours among the sent numbers that share a scale."""
-Message = bytes | bytearray
+Message = bytes | bytearray | memoryview
 BITS = {"int8": 8, "int4": 4, "2-bit": 2, "sign": 1}
 
 
@@ -122,7 +122,8 @@ class Codec:
         else:
             positions = self._known_positions(len(flat), round_index)
         rng = None if self._feedback else derive_rng(self._seed, "rounding", self._direction, round_index, sender)
-        return head + _quantize(flat[positions], self._config.quantizer, rng)
+        numbers = _quantize(flat[positions], self._config.quantizer, rng)
+        return head + numbers if head else numbers
 
     def decode(self, message: Message, shapes: Mapping[str, torch.Size], round_index: int) -> dict[str, Tensor]:
         """Return the tensors of a message, float32, zero where nothing was sent.
@@ -134,14 +135,16 @@ class Codec:
         try:
             positions, used = self._read_positions(message, shapes, size, round_index)
             count = positions.stop - positions.start if isinstance(positions, slice) else len(positions)
-            values = _dequantize(message[used:], count, self._config.quantizer)
+            values = _dequantize(memoryview(message)[used:], count, self._config.quantizer)
         except (ValueError, IndexError) as error:
             raise RoundError(
                 f"a message of {len(message)} bytes is none of the codec {self._config.mask} x "
                 f"{self._config.quantizer} for {size} numbers ({error})"
             ) from error
-        flat = np.zeros(size, dtype=np.float32)
-        flat[positions] = values
+        flat = values
+        if count < size or not isinstance(positions, slice):
+            flat = np.zeros(size, dtype=np.float32)
+            flat[positions] = values
         tensors, start = {}, 0
         for name, shape in shapes.items():
             tensors[name] = torch.from_numpy(flat[start : start + shape.numel()].copy()).view(shape)
@@ -301,7 +304,7 @@ def _unpack(packed: Message, bits: int, count: int) -> np.ndarray:
 def _quantize(values: np.ndarray, quantizer: str, rng: np.random.Generator | None) -> bytes:
     """Return float32 `values` as bytes; with `rng`, integers are rounded at random so that their mean is right."""
     if quantizer == "fp32":
-        return values.astype("<f4").tobytes()
+        return values.astype("<f4", copy=False).tobytes()
     if quantizer == "bf16":
         return _to_bfloat16(values)
     bits = BITS[quantizer]

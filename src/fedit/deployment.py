@@ -119,6 +119,7 @@ name = "{name}"
 engine = "{engine}"
 
 # A JSON, JSONL, CSV or Parquet file is one client; a folder is one client for each file in it.
+# The server learns their numbers, and not their names: client-numbers.json has both.
 data = "rows.jsonl"
 # Held-out rows; without them some rows of each category are held out, as many as the run says.
 # test_data = "test.jsonl"

@@ -11,12 +11,12 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from peft import LoraConfig, PeftModel, TaskType
-from safetensors.torch import load_file, save
+from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM
 
 from fedit.base import load_tokenizer, resolve_path
 from fedit.config import RunConfig
-from fedit.files import write_atomically
+from fedit.files import write_atomically, write_tensors
 from fedit.interfaces import Adapter, EngineError, FeditError
 from fedit.lowrank import LowRank
 from fedit.model import StackedModel
@@ -48,7 +48,7 @@ def save_adapter(adapter: Adapter, config: RunConfig, model: StackedModel, folde
         fan_in_fan_out=model.transposed_weights,
     ).to_dict()
     described["target_modules"] = sorted(described["target_modules"])
-    tensors = {PEFT_PREFIX + name: tensor.contiguous() for name, tensor in adapter.tensors.items()}
+    tensors = {PEFT_PREFIX + name: tensor for name, tensor in adapter.tensors.items()}
     with _refusals(folder):
         folder.mkdir(parents=True, exist_ok=True)
         model.tokenizer.save_pretrained(folder)
@@ -56,7 +56,7 @@ def save_adapter(adapter: Adapter, config: RunConfig, model: StackedModel, folde
     if adapter.side:
         _save_side(adapter.side, described, folder / SIDE_FOLDER)
     write_atomically(folder / "adapter_config.json", text.encode())
-    write_atomically(folder / "adapter_model.safetensors", save(tensors, {"format": "pt"}))
+    write_tensors(folder / "adapter_model.safetensors", tensors, {"format": "pt"})
 
 
 def _save_side(side: Mapping[str, LowRank], described: Mapping[str, Any], folder: Path) -> None:
@@ -78,7 +78,7 @@ def _save_side(side: Mapping[str, LowRank], described: Mapping[str, Any], folder
     with _refusals(folder):
         folder.mkdir(parents=True, exist_ok=True)
     write_atomically(folder / "adapter_config.json", json.dumps(config, indent=2, sort_keys=True, default=str).encode())
-    write_atomically(folder / "adapter_model.safetensors", save(tensors, {"format": "pt"}))
+    write_tensors(folder / "adapter_model.safetensors", tensors, {"format": "pt"})
 
 
 def load_adapter(folder: Path, config: RunConfig) -> Adapter:

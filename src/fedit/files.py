@@ -4,13 +4,18 @@ from __future__ import annotations
 
 import json
 import os
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from contextlib import suppress
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 from urllib.parse import quote
 
+from safetensors import SafetensorError
+
 from fedit.interfaces import FeditError
+
+if TYPE_CHECKING:
+    from torch import Tensor
 
 
 def write_atomically(path: Path, content: bytes) -> None:
@@ -19,23 +24,43 @@ def write_atomically(path: Path, content: bytes) -> None:
     Raises:
         FeditError: it cannot be written (disk full, ...); what was there before is intact.
     """
+    _replace(path, lambda temporary: temporary.write_bytes(content))
+
+
+def write_tensors(path: Path, tensors: Mapping[str, Tensor], about: Mapping[str, str]) -> None:
+    """Write tensors, with words about them, as a safetensors file, atomically.
+
+    Raises:
+        FeditError: as `write_atomically`.
+    """
+    from safetensors.torch import save_file
+
+    whole = {name: tensor.detach().cpu().contiguous() for name, tensor in tensors.items()}
+    _replace(path, lambda temporary: save_file(whole, temporary, dict(about)))
+
+
+def _replace(path: Path, write: Callable[[Path], object]) -> None:
+    """Let `write` write a temporary file, and put it in the place of `path` once it is on the disk."""
     temporary = path.with_name(f".{path.name}.partial")
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
-        with temporary.open("wb") as file:
-            file.write(content)
-            file.flush()
-            os.fsync(file.fileno())
+        write(temporary)
+        _flush(temporary)
         temporary.replace(path)
-        directory = os.open(path.parent, os.O_RDONLY)
-        try:
-            os.fsync(directory)
-        finally:
-            os.close(directory)
-    except OSError as error:
+        _flush(path.parent)
+    except (OSError, SafetensorError) as error:
         with suppress(OSError):
             temporary.unlink()
         raise _unwritable(path, error) from error
+
+
+def _flush(path: Path) -> None:
+    """Let a file, or a folder's list of files, be on the disk."""
+    descriptor = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
 
 
 def write_json(path: Path, value: Mapping[str, Any]) -> None:
@@ -69,9 +94,10 @@ def keep_lines(path: Path, num_lines: int | None = None) -> None:
         write_atomically(path, b"".join(whole[:num_lines]))
 
 
-def _unwritable(path: Path, error: OSError) -> FeditError:
+def _unwritable(path: Path, error: OSError | SafetensorError) -> FeditError:
+    reason = error.strerror if isinstance(error, OSError) else error
     return FeditError(
-        f"{path} could not be written: {error.strerror}. What was saved before is intact: make room or mend the "
+        f"{path} could not be written: {reason}. What was saved before is intact: make room or mend the "
         "permissions, and go on."
     )
 

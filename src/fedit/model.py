@@ -79,7 +79,7 @@ class StackedModel:
         self._side: Mapping[str, LowRank] = {}
         self.processed_tokens = 0
         """Padding included, in all calls of `token_losses`; for whoever wants to know what padding costs."""
-        self.allocate(1)
+        self.allocate(1, ())
 
     # -- adapters in and out
 
@@ -146,12 +146,12 @@ class StackedModel:
     def allocate(self, num_slots: int, trained: Collection[str] = FACTORS) -> None:
         """Make `num_slots` empty slots (B = A = 0: the base itself); whatever the slots held is gone.
 
-        Gradients are collected for the factors in `trained` only.
+        Gradients are collected for the factors in `trained` only, and take no memory where there are none.
         """
         dtype = torch.promote_types(self.base.dtype, torch.float32)
         self.parameters = torch.zeros(num_slots, self.num_parameters, device=self.device, dtype=dtype)
         self._factors = list(self.views(self.parameters))
-        self._gradients = torch.zeros_like(self.parameters)
+        self._gradients = torch.zeros_like(self.parameters if trained else self.parameters[:0])
         self._copies = torch.zeros_like(self.parameters, dtype=self.base.dtype)
         self.scaling = torch.zeros(num_slots, device=self.device, dtype=dtype)
         for layer, factors in self.views(self._copies):

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
 from typing import TYPE_CHECKING, Any
 
@@ -75,18 +75,18 @@ def prepare_data(config: RunConfig) -> FederatedData:
     return FederatedData(clients, test, summary, _probes(config, test, tokenizer))
 
 
-def prepare_site(config: RunConfig, site: str) -> FederatedData:
-    """Load and encode the rows of a real site. Its clients are those that its rows name, ``site/client``; rows that
-    name none are the client `site`.
+def prepare_site(config: RunConfig, called: Callable[[Sequence[str | None]], Sequence[str]]) -> FederatedData:
+    """Load and encode the rows of a real site. Its clients are those that its rows name, and one for rows that name
+    none; `called` returns what the server is told that they are called.
 
     Raises:
         DataError, EngineError, ConfigError: as `prepare_data`.
     """
     _, rows, _, test, _ = _encoded(config)
-    clients: dict[str, list[EncodedExample]] = {}
+    clients: dict[str | None, list[EncodedExample]] = {}
     for row in rows:
-        clients.setdefault(site if row.example.client is None else f"{site}/{row.example.client}", []).append(row)
-    return FederatedData(clients, test, {})
+        clients.setdefault(row.example.client, []).append(row)
+    return FederatedData(dict(zip(called(list(clients)), clients.values(), strict=True)), test, {})
 
 
 def _encoded(

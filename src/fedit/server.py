@@ -14,13 +14,12 @@ from pathlib import Path
 
 import torch
 from safetensors import SafetensorError, safe_open
-from safetensors.torch import save
 from torch import Tensor
 
 from fedit.codec import download_codec
 from fedit.cohort import client_rank, participation, sample_cohort
 from fedit.config import RunConfig
-from fedit.files import write_atomically
+from fedit.files import write_tensors
 from fedit.interfaces import (
     FACTORS,
     Adapter,
@@ -110,9 +109,11 @@ def run_round(config: RunConfig, engine: Engine, state: ServerState) -> tuple[Se
         record = RoundRecord(state.round_index + 1, [], {}, None, 0.0, None, 0, 0, 0)
         return replace(state, round_index=state.round_index + 1, messages=(*state.messages, 0), step=b""), record
     history = participation(config, clients, state.round_index)
+    ranks = [state.ranks.get(client, client_rank(config, clients, client)) for client in cohort]
+    cut = {rank: state.adapter.cut(rank) for rank in dict.fromkeys(ranks)}
     tasks = []
-    for client in cohort:
-        adapter = state.adapter.cut(state.ranks.get(client, client_rank(config, clients, client)))
+    for client, rank in zip(cohort, ranks, strict=True):
+        adapter = cut[rank]
         step = state.step if adapter is state.adapter and not state.control else b""
         tasks.append(ClientTask(client, state.round_index, adapter, len(history[client]), state.control, step))
     answers = _Answers(tasks, config.aggregation.shared(state.round_index), config.objective.kept_rank)
@@ -337,9 +338,7 @@ def save_state(state: ServerState, folder: Path, keep: int = 2) -> None:
         "ranks": dict(state.ranks),
         "order": list(tensors),  # the file sorts its tensors, and sums over them in another order have other bits
     }
-    content = save({name: tensor.contiguous() for name, tensor in tensors.items()}, {"fedit": json.dumps(about)})
-    target = folder / f"round-{state.round_index:05d}.safetensors"
-    write_atomically(target, content)
+    write_tensors(folder / f"round-{state.round_index:05d}.safetensors", tensors, {"fedit": json.dumps(about)})
     for old in _checkpoints(folder)[:-keep]:
         old.unlink()
 

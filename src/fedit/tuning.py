@@ -63,7 +63,8 @@ class TuningResult:
     """Mean over the steps of the mean loss per response token, nats."""
     num_tokens: int
     """Trained on, without padding."""
-    moments: Moments
+    moments: Moments | None
+    """None where nobody wants them, which take twice the memory of the adapter"""
     rate_sum: float = 0.0
     """Of the learning rates of all steps"""
     failure: str | None = None
@@ -106,6 +107,8 @@ def tune(
     on_step: Callable[[int], None] = lambda num_tokens: None,
     trained: Collection[str] = FACTORS,
     objective: Objective = _PLAIN,
+    *,
+    keep_moments: bool = True,
 ) -> Iterator[TuningResult]:
     """Yield the result of every task as it finishes, training up to `num_slots` of them at the same time.
 
@@ -153,7 +156,7 @@ def tune(
                 continue
             live.remove(slot)
             free.append(slot.index)
-            yield _finish(stack, optimizer, slot, healthy)
+            yield _finish(stack, slot, healthy, optimizer.moments(slot.index) if keep_moments else None)
 
 
 def _take_turn(live: Sequence[_Slot], limit: int) -> list[_Slot]:
@@ -290,14 +293,13 @@ def _sum_by_slot(slots: Sequence[int], values: np.ndarray) -> dict[int, float]:
     return sums
 
 
-def _finish(stack: Stack, optimizer: StackedOptimizer, slot: _Slot, healthy: bool) -> TuningResult:
+def _finish(stack: Stack, slot: _Slot, healthy: bool, moments: Moments | None) -> TuningResult:
     task = slot.task
     failure = None
     if not healthy:
         what = "loss" if not math.isfinite(slot.losses[-1]) else "gradient"
         failure = f"{what} is not finite at step {task.first_step + slot.step}; lower [client] learning_rate"
     adapter = task.adapter.with_tensors({**task.adapter.tensors, **stack.read(slot.index, task.adapter.rank)})
-    moments = optimizer.moments(slot.index)
     loss = float(np.mean(slot.losses))
     return TuningResult(task, adapter, loss, slot.num_tokens, moments, slot.rate_sum, failure)
 

@@ -27,14 +27,15 @@ def tuned(monkeypatch: pytest.MonkeyPatch) -> list[TuningTask]:
     """Replaces the tuner by one that moves every tensor by 0.5 and fails for client c; returns the tasks it got."""
     seen: list[TuningTask] = []
 
-    def tune(model: Any, tasks: Iterable[TuningTask], *_: Any) -> Iterator[TuningResult]:
+    def tune(model: Any, tasks: Iterable[TuningTask], *_: Any, keep_moments: bool) -> Iterator[TuningResult]:
         for task in reversed(list(tasks)):
             seen.append(task)
             moved = {name: tensor + 0.5 for name, tensor in task.adapter.tensors.items()}
             failure = "broken" if task.name == "c" else None
             before = task.moments or Moments(torch.zeros(1), torch.zeros(1), 0)
             moments = Moments(before.first + 1, before.second + 2, before.num_steps + task.num_steps)
-            yield TuningResult(task, task.adapter.with_tensors(moved), 1.5, 40, moments, 0.01, failure)
+            kept = moments if keep_moments else None
+            yield TuningResult(task, task.adapter.with_tensors(moved), 1.5, 40, kept, 0.01, failure)
 
     monkeypatch.setattr(simulation, "tune", tune)
     return seen

@@ -13,6 +13,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
+from functools import partial
 from typing import Literal
 
 import torch
@@ -106,17 +107,16 @@ def _pass_through(
     for answer in updates:
         received = adapter.cut(answer.update.rank)
         result = align(received, answer)
-        linear = _is_linear(result.update.tensors)
-        does: Modules = {}
-        if weighting == "norm" or not linear:
-            does = scaled(low_rank(received, result.update.tensors), received.scaling)
-        weight = weights.of(result, does)
+        tuned = _after(received, result.update.tensors)
+        norms = [(matrix() * received.scaling).norm() for matrix in tuned.values()] if weighting == "norm" else []
+        weight = weights.of(result, math.hypot(*norms))
         if weight == 0:
             continue
-        for name, tensor in _of_full_rank(adapter, received, result.update.tensors).items():
-            sums[name] = sums[name] + weight * tensor if name in sums else weight * tensor
-        for module, matrix in does.items() if not linear else ():
-            terms[module].add(matrix * weight)
+        for name, tensor in result.update.tensors.items():
+            term = weight * _of_full_rank(adapter, received, name, tensor)
+            sums[name] = sums[name].add_(term) if name in sums else term
+        for module, matrix in tuned.items() if not _is_linear(result.update.tensors) else ():
+            terms[module].add(matrix() * received.scaling * weight)
     divisor = weights.divisor()
     if weighting == "fednova":  # its weights do not add up to 1: what moves is the difference from what was received
         rest = adapter.scaling * (divisor - weights.total)
@@ -124,7 +124,7 @@ def _pass_through(
             terms[module].add(matrix * rest)
     for sum_of in terms.values():
         sum_of.divide(divisor)
-    return {name: tensor / divisor for name, tensor in sums.items()}
+    return {name: tensor.div_(divisor) for name, tensor in sums.items()}
 
 
 def _is_linear(update: Mapping[str, Tensor]) -> bool:
@@ -146,12 +146,12 @@ def conclude(
     right to a few percent of itself.
     """
     side_step = side_step or {}
-    kept = scaled(low_rank(adapter, delta), adapter.scaling)
+    kept = _after(adapter, delta)
     whole, lost = 0.0, 0.0
     for module, matrix in product.items():
         if isinstance(matrix, LowRank) and matrix.rank > EXACT_RANK:
             matrix = Sketch.of(matrix, module)
-        parts = [kept[module]]
+        parts = [kept[module]() * adapter.scaling]
         if module in side_step:
             parts.append(side_step[module])
         if replaces_side and module in adapter.side:
@@ -166,11 +166,26 @@ def conclude(
 
 def low_rank(adapter: Adapter, update: Mapping[str, Tensor] | None = None) -> dict[str, LowRank]:
     """Return B A (without the scaling) of every module of ``adapter + update``, float64. No step is a step of zero."""
+    return {module: matrix() for module, matrix in _after(adapter, update or {}).items()}
+
+
+def _after(adapter: Adapter, update: Mapping[str, Tensor]) -> dict[str, Callable[[], LowRank]]:
+    """Do as `low_rank`, each matrix when it is wanted: all at once take four times the adapter's memory."""
+
+    def factors(module: str, tensors: Mapping[str, Tensor]) -> LowRank:
+        b, a = (
+            tensors[name].double() + update[name].double() if name in update else tensors[name].double()
+            for name in (f"{module}.lora_B.weight", f"{module}.lora_A.weight")
+        )
+        return LowRank(b, a)
+
+    if adapter.is_plain:
+        return {module: partial(factors, module, adapter.tensors) for module in adapter.modules()}
     tensors = {name: tensor.double() for name, tensor in adapter.tensors.items()}
-    for name, step in (update or {}).items():
+    for name, step in update.items():
         tensors[name] = tensors[name] + step.double()
-    plain = adapter.with_tensors(tensors).plain().tensors
-    return {m: LowRank(plain[f"{m}.lora_B.weight"], plain[f"{m}.lora_A.weight"]) for m in adapter.modules()}
+    plain, update = adapter.with_tensors(tensors).plain().tensors, {}
+    return {module: partial(factors, module, plain) for module in adapter.modules()}
 
 
 def scaled(factors: Modules, factor: float) -> dict[str, LowRank]:
@@ -218,8 +233,8 @@ class _Weights:
         """Sum of the weights so far"""
         self._rows, self._steps = 0.0, 0.0
 
-    def of(self, result: ClientUpdate, does: Modules) -> float:
-        """Return the weight of a client whose adapter does `does`.
+    def of(self, result: ClientUpdate, norm: float) -> float:
+        """Return the weight of a client whose adapter does what has this `norm`.
 
         With "fednova" (2007.07481) it is n_k / t_k for its t_k local steps, and the mean is stretched by the mean
         number of steps: who takes many steps moves the mean no more than who takes few.
@@ -228,7 +243,7 @@ class _Weights:
         self._rows += rows
         self._steps += rows * result.num_steps
         if self._weighting == "norm":
-            weight = math.hypot(*[matrix.norm() for matrix in does.values()])
+            weight = norm
         else:
             weights = {
                 "examples": rows,
@@ -250,19 +265,16 @@ class _Weights:
         return self._rows**2 / self._steps if self._weighting == "fednova" else self.total
 
 
-def _of_full_rank(adapter: Adapter, received: Adapter, update: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    """Return the update as one of the global adapter: components that the client lacks are zero, the others are
-    rescaled to do under ``lora_alpha / rank`` what they did under its own.
+def _of_full_rank(adapter: Adapter, received: Adapter, name: str, step: Tensor) -> Tensor:
+    """Return a client's step of a tensor as one of the global adapter: components that the client lacks are zero, the
+    others are rescaled to do under ``lora_alpha / rank`` what they did under its own.
     """
     if received.rank == adapter.rank:
-        return {name: tensor.double() for name, tensor in update.items()}
+        return step.double()
     factor, missing = (adapter.rank / received.rank) ** 0.5, adapter.rank - received.rank
-    steps = {}
-    for name, tensor in update.items():
-        tuned = factor * (received.tensors[name].double() + tensor.double())
-        whole = pad(tuned, (0, 0, 0, missing) if name.endswith(".lora_A.weight") else (0, missing))
-        steps[name] = whole - adapter.tensors[name].double()
-    return steps
+    tuned = factor * (received.tensors[name].double() + step.double())
+    whole = pad(tuned, (0, 0, 0, missing) if name.endswith(".lora_A.weight") else (0, missing))
+    return whole - adapter.tensors[name].double()
 
 
 class _Terms:

@@ -26,11 +26,12 @@ def load_examples(config: DataConfig, seed: int) -> tuple[list[Example], list[Ex
     rows = read_path(config.path, seed)
     train = make_examples(rows.train, config.columns)
     named = dict.fromkeys(example.client for example in train)
+    of_test = {part: name for part, name in config.columns.items() if part != "client"}  # held-out rows need no owner
     if config.test_path is not None:
         test_rows = read_path(config.test_path, seed, key="test_path")
-        test = make_examples(test_rows.test or test_rows.train, config.columns)
+        test = make_examples(test_rows.test or test_rows.train, of_test)
     elif rows.test is not None:
-        test = make_examples(rows.test, config.columns)
+        test = make_examples(rows.test, of_test)
     else:
         train, test = _hold_out(train, config.test_per_category, seed)
     train = _remove_duplicates(train, test)

@@ -7,9 +7,8 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from safetensors import SafetensorError, safe_open
-from safetensors.torch import save
 
-from fedit.files import folder_name, write_atomically
+from fedit.files import folder_name, write_tensors
 from fedit.interfaces import EngineError
 
 if TYPE_CHECKING:
@@ -59,9 +58,7 @@ class ClientStore:
             FeditError: it cannot be written (disk full, ...); what was kept before is intact.
         """
         file = self._client_folder(client) / f"round-{round_index:05d}.safetensors"
-        write_atomically(
-            file, save({name: t.cpu().contiguous() for name, t in tensors.items()}, {"owner": self._owner})
-        )
+        write_tensors(file, tensors, {"owner": self._owner})
         files = self._files(client)
         for old in [*files[: max(0, files.index(file) - 2)], *files[files.index(file) + 1 :]]:
             old.unlink()

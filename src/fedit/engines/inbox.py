@@ -6,6 +6,7 @@ import logging
 from collections.abc import Callable
 from dataclasses import dataclass, field
 
+from fedit.codec import Message
 from fedit.engines.channel import Header
 from fedit.engines.messages import name_of
 from fedit.interfaces import FeditError
@@ -31,7 +32,7 @@ class _Arriving:
 class Taken:
     """An adapter's array, and how many bytes came for it."""
 
-    payload: bytes
+    payload: Message
     num_bytes: int
 
 
@@ -39,16 +40,16 @@ class Inbox:
     """The site's view of what the server sends: an adapter whole, or the step from the one before."""
 
     def __init__(self, max_bytes: int) -> None:
-        self._max_bytes = max_bytes
+        self.max_bytes = max_bytes
         self._arriving: _Arriving | None = None
-        self._last: tuple[Header, bytes] | None = None
+        self._last: tuple[Header, Message] | None = None
         """The adapter taken last"""
 
     def put(self, header: Header, blob: bytes) -> Header:
         """Take a piece; a piece that is heard twice changes nothing. Returns what to answer."""
         key, offset, size = str(header["key"]), int(header["offset"]), int(header["size"])
-        if size > self._max_bytes:
-            return {"refused": f"a message of {size:,} bytes; this site takes {self._max_bytes:,} at most"}
+        if size > self.max_bytes:
+            return {"refused": f"a message of {size:,} bytes; this site takes {self.max_bytes:,} at most"}
         if self._arriving is None or (self._arriving.key, self._arriving.size) != (key, size):
             self._arriving = _Arriving(key, size)
         arrived = self._arriving.content
@@ -58,7 +59,7 @@ class Inbox:
             arrived += blob[len(arrived) - offset :]
         return {}
 
-    def take(self, about: Header, apply: Callable[[Header, bytes, Header, bytes], bytes]) -> Taken | Header:
+    def take(self, about: Header, apply: Callable[[Header, Message, Header, Message], Message]) -> Taken | Header:
         """Return the adapter that `about` names, or what to answer because it is not here.
 
         `apply` makes it of the adapter before, ``about, payload`` of that, and of the new one's ``about`` and its step.
@@ -72,7 +73,7 @@ class Inbox:
             self._arriving = None
             if name_of(about["layout"], arriving.content) != about["key"]:
                 return {"missing": 0}
-            return self._taken(about, bytes(arriving.content), arriving.size)
+            return self._taken(about, arriving.content, arriving.size)
         if self._last is None or step is None or self._last[0]["key"] != step["from"]:
             return {"missing": 0}
         if arriving is None or arriving.key != step["key"]:
@@ -81,7 +82,7 @@ class Inbox:
             return {"missing": arriving.missing, "step": True}
         self._arriving = None
         try:
-            payload = apply(*self._last, about, bytes(arriving.content))
+            payload = apply(*self._last, about, arriving.content)
         except FeditError as error:
             log.warning("a step cannot be used (%s); asking for the whole adapter", error)
             payload = b""
@@ -90,6 +91,6 @@ class Inbox:
             return {"missing": 0}
         return self._taken(about, payload, arriving.size)
 
-    def _taken(self, about: Header, payload: bytes, num_bytes: int) -> Taken:
+    def _taken(self, about: Header, payload: Message, num_bytes: int) -> Taken:
         self._last = about, payload
         return Taken(payload, num_bytes)

@@ -55,7 +55,7 @@ def join_run(
     if described.attack is not None:
         raise RefusalError("[attack] is for simulations: clients of a real federation act for themselves")
     config = folder.localise(described)
-    data = prepare_site(config, folder.name)
+    data = prepare_site(config, folder.call)
     try:
         started = prepare_model(config, list(data.clients.values()))
     except MemoryShortageError as error:

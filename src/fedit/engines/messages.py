@@ -8,6 +8,7 @@ from __future__ import annotations
 import hashlib
 import json
 import math
+import threading
 from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
@@ -60,7 +61,7 @@ def pack(tensors: Mapping[str, Tensor]) -> Packed:
 
 
 def unpack(layout: Layout, payload: Message) -> dict[str, Tensor]:
-    """Return the tensors of an array.
+    """Return the tensors of an array: views of it where it can be written to, and nobody does.
 
     Raises:
         EngineError: the array is not as long as its layout says.
@@ -72,8 +73,8 @@ def unpack(layout: Layout, payload: Message) -> dict[str, Tensor]:
         raise EngineError(f"a message of {len(payload)} bytes has a layout of {sum(sizes)} float32 numbers")
     tensors, start = {}, 0
     for (name, shape), size in zip(layout, sizes, strict=True):
-        numbers = np.frombuffer(payload, "<f4", size, start).copy()
-        tensors[name] = torch.from_numpy(numbers).view(tuple(shape))
+        numbers = np.frombuffer(payload, "<f4", size, start)
+        tensors[name] = torch.from_numpy(numbers if numbers.flags.writeable else numbers.copy()).view(tuple(shape))
         start += 4 * size
     return tensors
 
@@ -103,6 +104,32 @@ def pack_adapter(
     return packed, {"key": packed.key, "layout": packed.layout, "rank": adapter.rank, "alpha": adapter.lora_alpha}
 
 
+class Packer:
+    """Packs what sites are sent once for all sites that lack the same, and keeps it until others are wanted."""
+
+    def __init__(self) -> None:
+        self._lock = threading.Lock()
+        self._kept: list[tuple[Adapter, Mapping[str, str], Packed, dict[str, Any]]] = []
+
+    def forget_others(self, adapters: Sequence[Adapter]) -> None:
+        """Keep no array but those of `adapters`."""
+        with self._lock:
+            self._kept = [kept for kept in self._kept if any(kept[0] is adapter for adapter in adapters)]
+
+    def pack(
+        self, adapter: Adapter, control: Mapping[str, Tensor], known: Mapping[str, str]
+    ) -> tuple[Packed, dict[str, Any]]:
+        """Do as `pack_adapter`; with a control variate, anew each time."""
+        with self._lock:
+            for kept, its_known, packed, about in self._kept:
+                if kept is adapter and its_known == known and not control:
+                    return packed, dict(about)
+            packed, about = pack_adapter(adapter, control, known)
+            if not control:
+                self._kept.append((adapter, known, packed, about))
+            return packed, dict(about)
+
+
 def unpack_adapter(about: Mapping[str, Any], payload: Message, initial: Adapter) -> tuple[Adapter, dict[str, Tensor]]:
     """Return the adapter and the control variate of a message; what is not in it is as in `initial`."""
     tensors = unpack(about["layout"], payload)
@@ -130,7 +157,7 @@ def apply_step(
     initial: Adapter,
     codec: Codec,
     returned: Collection[str],
-) -> bytes:
+) -> Message:
     """Return the array of the adapter `about`, which is the one `before`, with its `payload`, moved by a `step`.
 
     Raises:
@@ -143,18 +170,21 @@ def apply_step(
     names = [name.removeprefix("adapter/") for name, _ in about["layout"]]
     if unknown := set(names) - tensors.keys():
         raise EngineError(f"a step cannot make {min(unknown)}")
-    return bytes(pack({f"adapter/{name}": tensors[name] for name in names}).payload)
+    return pack({f"adapter/{name}": tensors[name] for name in names}).payload
 
 
 # ---------------------------------------------------------------------------------------------------- from the site
 
 
-def pack_update(update: ClientUpdate, codec: Codec, round_index: int) -> tuple[dict[str, Any], bytes]:
+def pack_update(update: ClientUpdate, codec: Codec, round_index: int) -> tuple[dict[str, Any], Message]:
     """Return an update as a header and a message: what the codec made of it, then the control variate's step."""
-    message = codec.encode(update.update.tensors, round_index) if update.message is None else update.message
+    tensors = update.update.tensors
+    message = update.message
+    if message is None:
+        message = pack(tensors).payload if codec.is_plain else codec.encode(tensors, round_index)
     control = pack(update.control_step)
     if control.payload:
-        message += control.payload
+        message = b"".join([message, control.payload])
     return {
         "client": update.client,
         "rank": update.update.rank,
@@ -174,6 +204,7 @@ def unpack_update(
 ) -> ClientUpdate | ClientFailure:
     """Return the update of a client that was given `task`; whatever is wrong with the message is its failure."""
     try:
+        blob = memoryview(blob)
         message = blob[: about["bytes"]]
         counts = [int(about[name]) for name in ("num_examples", "num_tokens", "num_steps")]
         if max(map(abs, counts)) > LARGEST or abs(float(about["loss"])) > LARGEST:

@@ -24,6 +24,7 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 
 from fedit.config import RunConfig
 from fedit.engines.channel import Header
+from fedit.engines.messages import Packer
 from fedit.engines.remote_site import IN_ANOTHER, LONGEST_CALL_S, Answer, RemoteSite, SiteError, Transport
 from fedit.interfaces import Adapter, ClientFailure, ClientTask, ClientUpdate, EngineError
 
@@ -48,7 +49,8 @@ class Remote:
         """
         self._config = config
         names = {"run": run or secrets.token_hex(8), "session": secrets.token_hex(8)}
-        self._sites = {site: RemoteSite(site, config, transport, expected, names) for site in sites}
+        self._packer = Packer()
+        self._sites = {site: RemoteSite(site, config, transport, expected, names, self._packer) for site in sites}
         self._clients: dict[str, int] = {}
         self._site_of: dict[str, str] = {}
 
@@ -99,6 +101,7 @@ class Remote:
         its turn has come: one is in memory at a time.
         """
         deadline = time.monotonic() + self._config.engine.deadline_s
+        self._packer.forget_others([task.adapter for task in tasks])
         by_site: dict[str, list[ClientTask]] = defaultdict(list)
         for task in tasks:
             by_site[self._site_of[task.client]].append(task)
@@ -126,6 +129,7 @@ class Remote:
         """
         deadline = time.monotonic() + self._config.engine.deadline_s
         losses: dict[str, tuple[float, int]] = {}
+        self._packer.forget_others([adapter])
 
         def evaluate(site: RemoteSite) -> None:
             try:

@@ -14,7 +14,7 @@ from typing import Any, Protocol
 from fedit.codec import upload_codec
 from fedit.config import RunConfig
 from fedit.engines.channel import ChannelError, Header
-from fedit.engines.messages import LARGEST, Packed, pack_adapter, pack_step, unpack_update
+from fedit.engines.messages import LARGEST, Packed, Packer, pack_step, unpack_update
 from fedit.interfaces import Adapter, ClientFailure, ClientTask, ClientUpdate, EngineError
 
 log = logging.getLogger(__name__)
@@ -70,8 +70,10 @@ class RemoteSite:
         transport: Transport,
         expected: Mapping[str, str],
         names: Mapping[str, str],
+        packer: Packer,
     ) -> None:
         self.name = name
+        self._packer = packer
         self.clients: dict[str, int] = {}
         self.described: Header = {}
         self._config = config
@@ -176,7 +178,7 @@ class RemoteSite:
         self, adapter: Adapter, round_index: int, deadline: float, step: bytes = b""
     ) -> tuple[float, int] | None:
         """Return the loss of an adapter at the site, and the tokens it is of; `step` is what moved it in this round."""
-        packed, about = pack_adapter(adapter, {}, self._initial)
+        packed, about = self._packer.pack(adapter, {}, self._initial)
         request = {"do": "evaluate", "round": round_index, "adapter": about}
         for answer in self._news(request, packed, deadline, step):
             if not isinstance(answer, ClientFailure):
@@ -187,7 +189,7 @@ class RemoteSite:
 
     def _results(self, tasks: Sequence[ClientTask], deadline: float) -> Iterator[Answer]:
         """Yield what comes of tasks that share one adapter."""
-        packed, about = pack_adapter(tasks[0].adapter, tasks[0].control, self._initial)
+        packed, about = self._packer.pack(tasks[0].adapter, tasks[0].control, self._initial)
         request = {
             "do": "train",
             "round": tasks[0].round_index,
@@ -250,7 +252,7 @@ class RemoteSite:
     def _fetch(self, task: ClientTask, about: Header, size: int, deadline: float) -> bytearray:
         """Return an update's message piece by piece; a worker that was restarted tunes the client again."""
         message = bytearray()
-        key = pack_adapter(task.adapter, task.control, self._initial)[0].key
+        key = self._packer.pack(task.adapter, task.control, self._initial)[0].key
         while len(message) < size:
             self._check(deadline)
             request = {

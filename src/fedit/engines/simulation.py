@@ -68,19 +68,27 @@ class Simulation:
         controls = {task.client: task.control for task in tasks}
         done: dict[str, list[TuningResult]] = defaultdict(list)
         config = self._config
-        for result in tune(
-            self._model, tuning_tasks, config.client, num_slots, self._on_step, trained, config.objective
-        ):
+        results = tune(
+            self._model,
+            tuning_tasks,
+            config.client,
+            num_slots,
+            self._on_step,
+            trained,
+            config.objective,
+            keep_moments=config.client.moments == "keep",
+        )
+        for result in results:
             client = result.task.name.removeprefix(OWN_MODEL_OF)
             done[client].append(result)
             if len(done[client]) < per_client:
                 continue
-            results = done.pop(client)
-            failure = next((result.failure for result in results if result.failure is not None), None)
+            own_and_shared = done.pop(client)
+            failure = next((result.failure for result in own_and_shared if result.failure is not None), None)
             if failure is not None:
                 yield ClientFailure(client, failure)
                 continue
-            shared_one, *own = sorted(results, key=lambda result: result.task.name.startswith(OWN_MODEL_OF))
+            shared_one, *own = sorted(own_and_shared, key=lambda result: result.task.name.startswith(OWN_MODEL_OF))
             kept = {OWN + name: tensor for each in own for name, tensor in each.adapter.tensors.items()}
             kept |= {PRIVATE + name: tensor for name, tensor in shared_one.adapter.only(private).items()}
             yield self._answer(round_index, shared_one, shared, controls[client], kept)
@@ -143,8 +151,7 @@ class Simulation:
         codec = upload_codec(config)
         remembers = config.objective.control_variates or not codec.is_plain
         earlier = self._store.read(client, round_index) if remembers else {}
-        if config.client.moments == "keep":
-            moments = result.moments
+        if (moments := result.moments) is not None:
             kept |= {"first": moments.first, "second": moments.second, "num_steps": torch.tensor(moments.num_steps)}
         received, tuned = _pruned(received, result.adapter, config.objective)
         update = {name: tensor - received.tensors[name] for name, tensor in tuned.only(shared).items()}

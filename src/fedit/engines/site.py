@@ -22,7 +22,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from fedit.aggregation.merging import Merged
-from fedit.codec import Codec, download_codec, upload_codec
+from fedit.codec import Codec, Message, download_codec, upload_codec
 from fedit.config import RunConfig, load_plugins, parse_config
 from fedit.engines.channel import Header, serve
 from fedit.engines.inbox import Inbox, Taken
@@ -51,7 +51,7 @@ class _Job:
 
     request: Header
     adapter: Taken = field(default_factory=lambda: Taken(b"", 0))
-    results: list[tuple[Header, bytes]] = field(default_factory=list)
+    results: list[tuple[Header, Message]] = field(default_factory=list)
     running: bool = True
 
     @property
@@ -93,7 +93,7 @@ class Worker:
         self._job: _Job | None = None
         self._session = ""
         """Which process asks"""
-        self._finished: dict[_ResultKey, tuple[Header, bytes]] = {}
+        self._finished: dict[_ResultKey, tuple[Header, Message]] = {}
         """The updates of the latest round, whichever jobs they came of"""
         self._inbox = Inbox(folder.max_message_bytes)
         self._running: _Job | None = None
@@ -174,7 +174,7 @@ class Worker:
         news = {"round": header["round"], "key": header["adapter"]["key"], "restarted": began}
         return {**news, "results": results, "running": job.running}, b"".join(parts)
 
-    def _step_from(self, before: Header, payload: bytes, about: Header, step: bytes) -> bytes:
+    def _step_from(self, before: Header, payload: Message, about: Header, step: Message) -> Message:
         joined = self._joined
         assert joined is not None
         returned = joined.config.aggregation.returned(about["step"]["round"])
@@ -185,7 +185,7 @@ class Worker:
         if found is None:
             return {"gone": True}, b""
         offset = max(0, int(header["offset"]))
-        return {}, found[1][offset : offset + max(0, int(header["bytes"]))]
+        return {}, bytes(found[1][offset : offset + max(0, int(header["bytes"]))])
 
     # -------------------------------------------------------------------------------------------------------- work
 
@@ -214,6 +214,7 @@ class Worker:
     def _join(self, described: Header) -> None:
         joined, refused = None, None
         try:
+            self._read_again()
             self._folder.log("asked to join", run=described["run"])
             joined = self._load(self._parse(described["config"]), described["expected"], described["run"])
         except RefusalError as refusal:
@@ -226,6 +227,15 @@ class Worker:
                 self._joined, self._refused = joined, refused
             self._changed.notify_all()
         self._note("joined" if joined else "refused", reason=refused, clients=joined and len(joined.clients))
+
+    def _read_again(self) -> None:
+        """What the operator changed in site.toml holds from the next run on."""
+        folder = SiteFolder.read(self._folder.path)
+        if folder.name != self._folder.name:
+            raise RefusalError(f"its site.toml names another site, {folder.name}")
+        with self._changed:
+            self._folder, self._policy = folder, folder.config.policy
+            self._inbox.max_bytes = folder.max_message_bytes
 
     @staticmethod
     def _parse(config: Header) -> RunConfig:
@@ -324,7 +334,7 @@ class Worker:
         self._note("told its loss", round=job.request["round"], loss=loss)
         self._finish(job, {"client": self._folder.name, "loss": loss, "num_tokens": num_tokens}, b"")
 
-    def _finish(self, job: _Job, about: Header, message: bytes) -> None:
+    def _finish(self, job: _Job, about: Header, message: Message) -> None:
         with self._changed:
             job.results.append((about, message))
             if job.request["do"] == "train" and "failure" not in about:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import shutil
 import tomllib
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any, Literal
@@ -15,8 +15,8 @@ from pydantic import Field, ValidationError
 from fedit.config import DataConfig, EngineConfig, RunConfig
 from fedit.config.explaining import explain
 from fedit.config.tables import Table
-from fedit.files import append_line
-from fedit.interfaces import ConfigError
+from fedit.files import append_line, write_json
+from fedit.interfaces import ConfigError, FeditError
 
 KEPT_RUNS = 4
 """The private state of so many runs is kept, for one of them may be resumed."""
@@ -42,7 +42,8 @@ class SiteConfig(Table):
     engine: Literal["nvflare", "flower"] = "nvflare"
     """What carries the calls: the federation's"""
     data: str
-    """The rows: a file is one client; a folder is one client for each file, and so is a client column."""
+    """The rows: a file is one client; a folder is one client for each file, and so is a client column. The server is
+    told their numbers (client-numbers.json), never their names."""
     test_data: str | None = None
     """Held-out rows; without it `test_per_category` of the run's `[data]` are held out."""
     columns: dict[str, str] | None = None
@@ -98,6 +99,31 @@ class SiteFolder:
                 shutil.rmtree(folder, ignore_errors=True)
         (runs / run).mkdir(parents=True, exist_ok=True)
         return runs / run
+
+    def call(self, clients: Sequence[str | None]) -> list[str]:
+        """Return what the server is told that the site's clients are called: ``site/1``, ``site/2``, ...
+
+        What files and rows call them stays in client-numbers.json; whoever is numbered keeps the number. The one client
+        of rows that name none is called as the site.
+
+        Raises:
+            FeditError: client-numbers.json is damaged, or cannot be written.
+        """
+        file = self.path / "client-numbers.json"
+        try:
+            known = json.loads(file.read_text(encoding="utf-8")) if file.is_file() else {}
+            numbers = {str(name): int(number) for name, number in known.items()}
+        except (OSError, ValueError, TypeError, AttributeError) as error:
+            raise FeditError(
+                f"{file} cannot be read: {error}. Restore it; without it the clients are numbered anew, and must not "
+                "go on with a run that was started before."
+            ) from error
+        for client in clients:
+            if client is not None:
+                numbers.setdefault(client, max(numbers.values(), default=0) + 1)
+        if numbers != known:
+            write_json(file, numbers)
+        return [self.name if client is None else f"{self.name}/{numbers[client]}" for client in clients]
 
     @property
     def max_message_bytes(self) -> int:

@@ -18,7 +18,7 @@ log = logging.getLogger(__name__)
 
 PAUSE_S = 1.0, 30.0
 """First and longest pause before a process is started again."""
-LIVED_S = 60.0
+LIVED_S = 5.0
 """A process that lived so long had started well: the pauses begin anew."""
 GRACE_S = 10.0
 """Between SIGTERM and SIGKILL."""

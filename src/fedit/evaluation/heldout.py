@@ -144,7 +144,7 @@ def generate_answers(
 
 
 def _fill(model: StackedModel, adapters: Sequence[Adapter | None]) -> None:
-    model.allocate(len(adapters))
+    model.allocate(len(adapters), ())
     for slot, adapter in enumerate(adapters):
         model.set_side({} if adapter is None else adapter.side, shared=slot > 0)
         if adapter is not None:
