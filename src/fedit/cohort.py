@@ -16,7 +16,8 @@ from fedit.interfaces import ConfigError, derive_rng, did_you_mean
 def sample_cohort(config: RunConfig, clients: Mapping[str, int], round_index: int) -> list[str]:
     """Return the round's clients, in client order; nobody, where nobody is online or `poisson` draws none."""
     cohort, num_clients = config.cohort, len(clients)
-    rng = derive_rng(config.seed, "cohort", round_index)
+    seed = config.seed if config.cohort_secret is None else config.cohort_secret
+    rng = derive_rng(seed, "cohort", round_index)
     size = cohort.num_sampled(num_clients)
     names = list(clients)
     online = _online(config, names, round_index)

@@ -24,6 +24,7 @@ from typing import Any
 import torch
 
 from fedit.baselines import Trained, central_task, local_tasks, saved_tokens, train_baseline
+from fedit.checkpoints import load_state, save_state
 from fedit.cohort import mean_share
 from fedit.config import RunConfig, parse_config
 from fedit.engines.client_store import ClientStore
@@ -32,11 +33,11 @@ from fedit.evaluation.heldout import mean_loss, predict, preference_accuracy
 from fedit.evaluation.metrics import FEDERATED_PREFIX, LOCAL_PREFIX, PERSONAL_PREFIX, Prediction, summarise
 from fedit.export import save_adapter
 from fedit.files import append_line, folder_name, keep_lines, write_atomically, write_json
-from fedit.interfaces import FACTORS, Adapter, ConfigError, DataError, EncodedExample, EngineError
+from fedit.interfaces import FACTORS, Adapter, ConfigError, DataError, EncodedExample, EngineError, derive_rng
 from fedit.model import StackedModel
 from fedit.prepare import FederatedData, prepare_model
 from fedit.report import RunFolder, write_report
-from fedit.server import RoundRecord, ServerState, load_state, save_state, train
+from fedit.server import RoundRecord, ServerState, train
 from fedit.tuning import TuningTask
 
 # ---------------------------------------------------------------------------------------------------------- events
@@ -183,7 +184,9 @@ def _federated(run: _Run) -> tuple[Adapter, dict[str, Adapter]]:
     per_pass = sum(_round_tokens(config, examples) for examples in run.data.clients.values())
     per_round = share * models_per_client * per_pass
     run.notify(PhaseStarted("federated", round((config.rounds - state.round_index) * per_round)))
-    adapter = train(config, engine, state, finish_round).adapter
+    # A simulation repeats itself; a real run's noise comes from the operating system.
+    noise = lambda round_index: derive_rng(config.seed, "privacy", round_index).standard_normal
+    adapter = train(config, engine, state, finish_round, noise).adapter
     return adapter, engine.personal(adapter, config.rounds)
 
 

@@ -14,17 +14,19 @@ from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
+from fedit.checkpoints import load_state, save_state
 from fedit.cohort import check_clients
 from fedit.config import RunConfig
 from fedit.deployment import FederationConfig, courier_of, read_federation
 from fedit.engines.remote import Remote
 from fedit.experiment import Notify, PhaseStarted, Progressed, RoundFinished, Watch, check_base, describe_run
 from fedit.export import save_adapter
-from fedit.files import append_line, keep_lines, write_json
+from fedit.files import append_line, keep_lines, write_atomically, write_json
 from fedit.interfaces import EngineError, FeditError
 from fedit.prepare import PreparedModel, prepare_model
+from fedit.privacy import Mechanism
 from fedit.report import RunFolder, write_report
-from fedit.server import RoundRecord, ServerState, load_state, save_state, train
+from fedit.server import RoundRecord, ServerState, train
 
 log = logging.getLogger(__name__)
 
@@ -86,6 +88,7 @@ def _run(
     plugin_files: Sequence[Path],
     stopped: threading.Event,
 ) -> RunFolder:
+    config = _with_secret(config, folder)
     prepared = prepare_model(config)
     described = describe_run(config, prepared.model, prepared.weights_sha256, recipe, plugin_files)
     resumed = (folder / "partition.json").is_file()
@@ -101,13 +104,15 @@ def _run(
         raise StoppedError
     clients = engine.clients()
     check_clients(config, clients)
+    mechanism = Mechanism.of(config, len(clients))
     joined(SitesJoined(clients, missing))
     if not resumed:
         folder.mkdir(parents=True, exist_ok=True)
         write_json(folder / "config.json", described)
         write_json(server / LAST_RUN, {"folder": str(folder.absolute())})
         holdings = {client: {"rows": rows, "categories": {}} for client, rows in clients.items()}
-        write_json(folder / "partition.json", {"run": before["run"], "clients": holdings})
+        privacy = {} if mechanism is None else {"privacy": mechanism.statement("the operating system's")}
+        write_json(folder / "partition.json", {"run": before["run"], "clients": holdings, **privacy})
     state = load_state(folder / "checkpoints") or ServerState(0, prepared.initial)
     keep_lines(folder / "rounds.jsonl", state.round_index)
     keep_lines(folder / "timings.jsonl")
@@ -117,6 +122,17 @@ def _run(
     save_adapter(state.adapter, config, prepared.model, folder / "adapter")
     write_report(folder)
     return RunFolder.read(folder)
+
+
+def _with_secret(config: RunConfig, folder: Path) -> RunConfig:
+    """With privacy, let cohorts be drawn by a secret of this run, which stays in its folder."""
+    if config.privacy is None:
+        return config
+    file = folder / ".cohorts.secret"
+    if not file.is_file():
+        write_atomically(file, secrets.token_hex(16).encode())
+        file.chmod(0o600)
+    return config.model_copy(update={"cohort_secret": int(file.read_text(), 16)})
 
 
 class StoppedError(FeditError):
@@ -136,9 +152,14 @@ class _Rounds:
     def finish(self, state: ServerState, record: RoundRecord) -> None:
         """Evaluate at the sites if it is time to, save everything, tell it."""
         config, every = self._config, self._config.evaluation.every
+        is_time = state.round_index == config.rounds or bool(every and state.round_index % every == 0)
+        if config.privacy is not None:
+            # Sites' losses are exact. And nothing of a round may leave before it is saved: done again it has other
+            # noise, and both results together would tell more than one.
+            record, is_time = record.withheld(), False
         timing = self._watch.lap(record.tokens)
         losses: dict[str, tuple[float, int]] = {}
-        if state.round_index == config.rounds or (every and state.round_index % every == 0):
+        if is_time:
             losses = self._engine.evaluate(state.adapter, state.round_index - 1, state.step)
             if num_tokens := sum(count for _, count in losses.values()):
                 mean = sum(loss * count for loss, count in losses.values()) / num_tokens

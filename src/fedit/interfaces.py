@@ -3,14 +3,13 @@
 Values that travel:      Example -> EncodedExample;  ClientTask -> ClientUpdate | ClientFailure -> Aggregate
 Extension points:        Template, Partition, Objective, Attack, Aggregation, ServerOptimizer (each a `Plugin`); Engine
 Errors, one tree:        FeditError > ConfigError, DataError, RoundError, EngineError (`fedit.errors`)
-Randomness, one source:  derive_rng(seed, purpose, ...)
+Randomness, one source:  derive_rng(seed, purpose, ...) (`fedit.randomness`)
 
 What travels is an `Adapter`, LoRA tensors by name; ``lora_A`` and ``lora_B`` are its factors (`fedit.adapter`).
 """
 
 from __future__ import annotations
 
-import hashlib
 from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any, ClassVar, Protocol
@@ -20,6 +19,7 @@ import numpy as np
 from fedit.adapter import FACTORS, Adapter
 from fedit.errors import ConfigError, DataError, EngineError, FeditError, RoundError, did_you_mean
 from fedit.plugin import Plugin, plugin_kinds, plugins
+from fedit.randomness import derive_rng, derive_seed
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -57,20 +57,6 @@ __all__ = [
     "plugin_kinds",
     "plugins",
 ]
-
-
-# ------------------------------------------------------------------------------------------------------ randomness
-
-
-def derive_seed(seed: int, *purpose: str | int) -> int:
-    """Return a 63-bit seed for one purpose; any change of `seed` or of a part of `purpose` gives an unrelated one."""
-    text = "\x1f".join(str(part) for part in (seed, *purpose))
-    return int.from_bytes(hashlib.sha256(text.encode()).digest()[:8], "big") >> 1
-
-
-def derive_rng(seed: int, *purpose: str | int) -> np.random.Generator:
-    """Return the generator of one purpose, e.g. ``derive_rng(seed, "cohort", round_index)``."""
-    return np.random.default_rng(derive_seed(seed, *purpose))
 
 
 # -------------------------------------------------------------------------------------------------- rows and tokens
@@ -165,6 +151,8 @@ class ClientTask:
     """The mean of all clients' control variates, by tensor name; empty: there are none, or they are zero."""
     step: bytes = b""
     """The compressed message that the global adapter moved by in the last round, for who has the one before it."""
+    epsilon: float | None = None
+    """What the client's privacy has cost after this round, as the server accounts for it; None: it gives none."""
 
 
 @dataclass(frozen=True, slots=True, eq=False)

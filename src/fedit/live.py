@@ -100,7 +100,7 @@ def _round_cells(event: RoundFinished) -> list[str]:
     answered = len(record.cohort) - len(record.failures)
     return [
         f"{record.round}/{event.num_rounds}",
-        f"{answered}/{len(record.cohort)}",
+        f"{answered}/{len(record.cohort)}" if record.cohort or record.epsilon is None else "withheld",
         "" if record.train_loss is None else f"{record.train_loss:.3f}",
         "" if record.test_loss is None else f"{record.test_loss:.3f}",
         f"{record.tokens / max(1e-9, event.seconds):,.0f}",
@@ -114,4 +114,5 @@ def _round_line(event: RoundFinished) -> str:
     held_out = f", held-out loss {test_loss}" if test_loss else ""
     failed = "".join(f"; {client} failed: {reason}" for client, reason in event.record.failures.items())
     losses = f"train loss {train_loss or 'none'}{held_out}"
-    return f"round {number}: {clients} clients, {losses}, {rate} tokens/s, up {up}, down {down}{failed}"
+    spent = "" if event.record.epsilon is None else f", epsilon {event.record.epsilon:.2f}"
+    return f"round {number}: {clients} clients, {losses}{spent}, {rate} tokens/s, up {up}, down {down}{failed}"

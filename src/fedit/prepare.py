@@ -18,6 +18,7 @@ from fedit.interfaces import Adapter, ConfigError, DataError, EncodedExample, Ex
 from fedit.memory import fit_memory
 from fedit.model import StackedModel
 from fedit.partition import partition_statistics
+from fedit.privacy import Mechanism
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -71,6 +72,8 @@ def prepare_data(config: RunConfig) -> FederatedData:
     summary["never_sampled"] = never_sampled(config, sizes)
     if malicious:
         summary["malicious"] = malicious
+    if (mechanism := Mechanism.of(config, len(clients))) is not None:
+        summary["privacy"] = mechanism.statement("seeded, so that the simulation can be repeated: no protection itself")
     summary["fingerprint"] = _fingerprint({**clients, "\x1ftest": test})
     return FederatedData(clients, test, summary, _probes(config, test, tokenizer))
 

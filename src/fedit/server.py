@@ -5,21 +5,18 @@ It sees adapters, never data: this module can import nothing that reads rows or 
 
 from __future__ import annotations
 
-import json
+import logging
 import math
 import time
 from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
-from pathlib import Path
 
 import torch
-from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
 from fedit.codec import download_codec
 from fedit.cohort import client_rank, participation, sample_cohort
 from fedit.config import RunConfig
-from fedit.files import write_tensors
 from fedit.interfaces import (
     FACTORS,
     Adapter,
@@ -32,7 +29,10 @@ from fedit.interfaces import (
     derive_rng,
 )
 from fedit.lowrank import LowRank
-from fedit.wire import side_of, side_tensors, wire_size
+from fedit.privacy import Mechanism, Noise, system_noise
+from fedit.wire import side_tensors, wire_size
+
+log = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True, eq=False)
@@ -53,6 +53,8 @@ class ServerState:
     """The mean of all clients' control variates, by tensor name."""
     step: bytes = b""
     """The last round's compressed message to the clients. It is not saved: who resumes sends the adapter whole."""
+    clip_norm: float | None = None
+    """Of the next round, where the clip norm adapts; None: as configured."""
     ranks: Mapping[str, int] = field(default_factory=dict)
     """Of the clients that gave up some of the rank that they began with."""
 
@@ -77,11 +79,21 @@ class RoundRecord:
     """That the shared adapter was trained on by all clients in this round, without padding."""
     ranks: Mapping[str, int] = field(default_factory=dict)
     """What clients of the cohort cut their adapters to in this round, where their objective does so."""
+    epsilon: float | None = None
+    """What the clients' privacy has cost after this round; None: they are given none."""
+    clip_norm: float | None = None
+    """L2 bound of this round's updates, where they are clipped for privacy"""
     test_loss: float | None = None
     """Of the new global adapter on the held-out rows, in the rounds that evaluate."""
     aggregation_s: float = field(default=0.0, compare=False)
     """What the aggregation took, without the time it waited for clients; the one number here that is not
     deterministic, and not written to rounds.jsonl."""
+
+    def withheld(self) -> RoundRecord:
+        """Return what may be told of a round whose clients have privacy: nothing exact of who came or what they had."""
+        return replace(
+            self, cohort=[], failures={}, train_loss=None, aggregation_loss=None, bytes_up=0, bytes_down=0, tokens=0
+        )
 
 
 def train(
@@ -89,35 +101,49 @@ def train(
     engine: Engine,
     state: ServerState,
     finish_round: Callable[[ServerState, RoundRecord], None],
+    noise: Callable[[int], Noise] = lambda round_index: system_noise,
 ) -> ServerState:
-    """Run the rounds that `state` still lacks; `finish_round` evaluates and saves after each of them.
+    """Run the rounds that `state` still lacks; `finish_round` evaluates and saves after each of them. With privacy they
+    end before the one that would exceed the budget. `noise` gives a round's: what nobody can repeat, unless a
+    simulation gives another.
 
     Raises:
         RoundError: a round got fewer than ``min_updates`` usable updates, or made an adapter that is not finite.
     """
     while state.round_index < config.rounds:
-        state, record = run_round(config, engine, state)
+        mechanism = Mechanism.of(config, len(engine.clients()))
+        if mechanism is not None and mechanism.exhausted(state.round_index):
+            spent = mechanism.spent(state.round_index)
+            log.warning("no round after %d: epsilon is %.2f, and another would exceed [privacy] target_epsilon = %g",
+                        state.round_index, spent, mechanism.config.target_epsilon)  # fmt: skip
+            break
+        state, record = run_round(config, engine, state, noise(state.round_index))
         finish_round(state, record)
     return state
 
 
-def run_round(config: RunConfig, engine: Engine, state: ServerState) -> tuple[ServerState, RoundRecord]:
+def run_round(
+    config: RunConfig, engine: Engine, state: ServerState, noise: Noise = system_noise
+) -> tuple[ServerState, RoundRecord]:
     """Sample a cohort, let it tune, aggregate, move the global adapter. An empty cohort leaves everything as it is."""
     clients = engine.clients()
+    mechanism = Mechanism.of(config, len(clients))
     cohort = sample_cohort(config, clients, state.round_index)
-    if not cohort:
+    if not cohort and mechanism is None:
         record = RoundRecord(state.round_index + 1, [], {}, None, 0.0, None, 0, 0, 0)
         return replace(state, round_index=state.round_index + 1, messages=(*state.messages, 0), step=b""), record
     history = participation(config, clients, state.round_index)
-    ranks = [state.ranks.get(client, client_rank(config, clients, client)) for client in cohort]
-    cut = {rank: state.adapter.cut(rank) for rank in dict.fromkeys(ranks)}
-    tasks = []
-    for client, rank in zip(cohort, ranks, strict=True):
-        adapter = cut[rank]
-        step = state.step if adapter is state.adapter and not state.control else b""
-        tasks.append(ClientTask(client, state.round_index, adapter, len(history[client]), state.control, step))
-    answers = _Answers(tasks, config.aggregation.shared(state.round_index), config.objective.kept_rank)
-    updates = answers.updates(engine.run(tasks), config.cohort.min_updates)
+    epsilon = None if mechanism is None else mechanism.spent(state.round_index + 1)
+    tasks = _tasks(config, clients, state, {client: len(history[client]) for client in cohort}, epsilon)
+    shared = config.aggregation.shared(state.round_index)
+    answers = _Answers(tasks, shared, config.objective.kept_rank)
+    min_updates = config.cohort.min_updates if mechanism is None else 0
+    updates = answers.updates(engine.run(tasks) if tasks else iter(()), min_updates)
+    clip_norm = next_clip_norm = None
+    if mechanism is not None:
+        clip_norm = mechanism.config.clip_norm if state.clip_norm is None else state.clip_norm
+        mean, next_clip_norm = mechanism.mean(state.adapter, state.adapter.only(shared), updates, clip_norm, noise)
+        updates = iter([mean])
     rng = derive_rng(config.seed, "aggregation", state.round_index)
     started = time.perf_counter()
     result = config.aggregation.aggregate(state.adapter, updates, rng)
@@ -144,6 +170,8 @@ def run_round(config: RunConfig, engine: Engine, state: ServerState) -> tuple[Se
         bytes_down=sum(download_size(config, state, task, history[task.client]) for task in tasks),
         tokens=answers.num_tokens,
         ranks=answers.ranks,
+        epsilon=epsilon,
+        clip_norm=clip_norm,
         aggregation_s=aggregation_s,
     )
     side_step_bytes = wire_size(side_tensors(result.side_step)) if result.side_step else 0
@@ -151,8 +179,31 @@ def run_round(config: RunConfig, engine: Engine, state: ServerState) -> tuple[Se
     control = _moved(state.control, answers.control_sum, 1 / len(clients))
     ranks = {**state.ranks, **answers.ranks}
     return ServerState(
-        state.round_index + 1, adapter, optimizer_state, side_step_bytes, download_error, messages, control, step, ranks
+        state.round_index + 1,
+        adapter,
+        optimizer_state,
+        side_step_bytes,
+        download_error,
+        messages,
+        control,
+        step,
+        next_clip_norm,
+        ranks,
     ), record
+
+
+def _tasks(
+    config: RunConfig, clients: Mapping[str, int], state: ServerState, cohort: Mapping[str, int], epsilon: float | None
+) -> list[ClientTask]:
+    """Return what the clients of a cohort are asked, each of which took part so many times before."""
+    ranks = {client: state.ranks.get(client, client_rank(config, clients, client)) for client in cohort}
+    cut = {rank: state.adapter.cut(rank) for rank in dict.fromkeys(ranks.values())}
+    tasks = []
+    for client, num_earlier in cohort.items():
+        adapter = cut[ranks[client]]
+        step = state.step if adapter is state.adapter and not state.control else b""
+        tasks.append(ClientTask(client, state.round_index, adapter, num_earlier, state.control, step, epsilon))
+    return tasks
 
 
 def _is_finite(tensors: Mapping[str, Tensor]) -> bool:
@@ -313,69 +364,3 @@ def distance(left: Adapter, right: Adapter) -> float:
     """Return the L2 distance of two adapters' tensors."""
     squares = [(left.tensors[n].double() - right.tensors[n].double()).square().sum() for n in left.tensors]
     return float(torch.stack(squares).sum().sqrt())
-
-
-# ------------------------------------------------------------------------------------------------------ checkpoints
-
-
-def save_state(state: ServerState, folder: Path, keep: int = 2) -> None:
-    """Write a checkpoint by rename, so that it is whole or not there, and drop all but the last `keep`.
-
-    Raises:
-        FeditError: it cannot be written (disk full, ...); the earlier checkpoints are intact.
-    """
-    tensors = {f"adapter/{name}": tensor for name, tensor in state.adapter.tensors.items()}
-    tensors |= {f"side/{name}": tensor for name, tensor in side_tensors(state.adapter.side).items()}
-    tensors |= {f"optimizer/{name}": tensor for name, tensor in state.optimizer_state.items()}
-    tensors |= {f"control/{name}": tensor for name, tensor in state.control.items()}
-    tensors |= {f"error/{name}": tensor for name, tensor in state.download_error.items()}
-    about = {
-        "round_index": state.round_index,
-        "rank": state.adapter.rank,
-        "lora_alpha": state.adapter.lora_alpha,
-        "side_step_bytes": state.side_step_bytes,
-        "messages": state.messages,
-        "ranks": dict(state.ranks),
-        "order": list(tensors),  # the file sorts its tensors, and sums over them in another order have other bits
-    }
-    write_tensors(folder / f"round-{state.round_index:05d}.safetensors", tensors, {"fedit": json.dumps(about)})
-    for old in _checkpoints(folder)[:-keep]:
-        old.unlink()
-
-
-def load_state(folder: Path) -> ServerState | None:
-    """Return the last checkpoint of a folder, or None where there is none.
-
-    Raises:
-        RoundError: the file is damaged.
-    """
-    saved = _checkpoints(folder)
-    if not saved:
-        return None
-    try:
-        with safe_open(saved[-1], "pt") as file:
-            about = json.loads((file.metadata() or {})["fedit"])
-            tensors = {name: file.get_tensor(name) for name in about["order"]}
-    except (SafetensorError, KeyError, ValueError) as error:
-        raise RoundError(
-            f"The checkpoint {saved[-1]} is damaged ({error}). Delete it to go on from the one before."
-        ) from error
-    adapter, side, optimizer, error, control = (
-        {name.removeprefix(prefix): tensor for name, tensor in tensors.items() if name.startswith(prefix)}
-        for prefix in ("adapter/", "side/", "optimizer/", "error/", "control/")
-    )
-    loaded = Adapter(adapter, about["rank"], about["lora_alpha"], side_of(side))
-    return ServerState(
-        about["round_index"],
-        loaded,
-        optimizer,
-        about["side_step_bytes"],
-        error,
-        tuple(about["messages"]),
-        control,
-        ranks=about.get("ranks", {}),
-    )
-
-
-def _checkpoints(folder: Path) -> list[Path]:
-    return sorted(folder.glob("round-*.safetensors"), key=lambda path: (len(path.name), path.name))

@@ -10,9 +10,10 @@ import pytest
 import torch
 from torch import Tensor
 
+from fedit.checkpoints import load_state, save_state
 from fedit.config import load_plugins, parse_config
 from fedit.interfaces import Adapter, ConfigError, ServerOptimizer, plugins
-from fedit.server import ServerState, load_state, save_state
+from fedit.server import ServerState
 
 load_plugins()
 

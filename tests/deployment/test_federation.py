@@ -15,8 +15,8 @@ import pytest
 import torch
 from federations import SITES, Deployment, fedit, free_port, load, simulate, write_recipe
 
+from fedit.checkpoints import load_state
 from fedit.report import RunFolder
-from fedit.server import load_state
 
 
 def start_run(deployment: Deployment, recipe: Path, out: Path, *overrides: str) -> subprocess.Popen[bytes]:

@@ -16,11 +16,12 @@ import torch
 from safetensors.torch import save
 from torch import Tensor
 
+from fedit.checkpoints import load_state, save_state
 from fedit.config import RunConfig, load_plugins, parse_config
 from fedit.files import append_line, keep_lines
 from fedit.interfaces import Adapter, Aggregate, ClientFailure, ClientTask, ClientUpdate, FeditError, RoundError
 from fedit.lowrank import LowRank
-from fedit.server import RoundRecord, ServerState, download_size, load_state, next_side, run_round, save_state, train
+from fedit.server import RoundRecord, ServerState, download_size, next_side, run_round, train
 from fedit.wire import side_tensors, wire_size
 
 load_plugins()
@@ -412,7 +413,8 @@ FULL_DISK = """
 import resource, sys, torch
 from pathlib import Path
 from fedit.interfaces import Adapter, FeditError
-from fedit.server import ServerState, save_state
+from fedit.checkpoints import save_state
+from fedit.server import ServerState
 folder = Path(sys.argv[1])
 small, large = (Adapter({"x.lora_A.weight": torch.ones(1, n)}, 1, 1.0) for n in (10, 100_000))
 save_state(ServerState(1, small), folder)

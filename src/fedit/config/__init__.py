@@ -9,6 +9,7 @@ from fedit.config.loading import (
     shipped_recipes,
     shipped_studies,
 )
+from fedit.config.privacy import PrivacyConfig
 from fedit.config.run import RunConfig
 from fedit.config.tables import (
     COLUMNS,
@@ -36,6 +37,7 @@ __all__ = [
     "EngineConfig",
     "EvaluationConfig",
     "ModelConfig",
+    "PrivacyConfig",
     "RankRange",
     "RunConfig",
     "Table",

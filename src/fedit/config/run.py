@@ -8,6 +8,7 @@ from typing import Annotated, Any
 
 from pydantic import BeforeValidator, Field, SerializeAsAny
 
+from fedit.config.privacy import PrivacyConfig, read_privacy
 from fedit.config.tables import (
     AdapterConfig,
     ClientConfig,
@@ -50,6 +51,11 @@ class RunConfig(Table):
         BeforeValidator(lambda value: None if value is None else read_plugin(Attack, value)),
     ] = None
     """Malicious clients, simulated; ``"none"``: all are honest."""
+    privacy: Annotated[PrivacyConfig | None, BeforeValidator(read_privacy)] = None
+    """Differential privacy of the clients: a table, or a preset, ``"strong"``, ``"standard"`` or ``"none"``."""
+    cohort_secret: int | None = Field(default=None, exclude=True, repr=False)
+    """What cohorts are drawn by in place of the seed, which every site knows; a real run with privacy draws it, and no
+    description of the run contains it."""
     upload: CodecConfig = CodecConfig()
     download: CodecConfig = CodecConfig()
     evaluation: EvaluationConfig = EvaluationConfig()
@@ -89,6 +95,8 @@ class RunConfig(Table):
         self._check_codecs()
         if self.engine.merge_clients:
             self._check_merging()
+        if self.privacy is not None:
+            self.privacy.check(self)
         for plugin in (
             self.data.template,
             self.partition,
@@ -104,7 +112,7 @@ class RunConfig(Table):
         rule, weighting = self.aggregation, getattr(self.aggregation, "weighting", "uniform")
         sends_all = self.upload.is_plain and not rule.sparse and rule.ranks_kept == 1
         problems = {
-            f"[aggregation] name = {rule.name!r}": not _sums_suffice(type(rule)),
+            f"[aggregation] name = {rule.name!r}": not self.sums_suffice,
             f"[aggregation] weighting = {weighting!r}": weighting not in ("examples", "tokens", "uniform"),
             "[upload], or a rule that sends few numbers,": not sends_all,
             f"[objective] name = {self.objective.name!r}": self.objective.control_variates or self.objective.shrinkage,
@@ -139,6 +147,14 @@ class RunConfig(Table):
                 f"[aggregation] name = {rule.name!r} chooses itself what clients send. Leave [upload] mask out."
             )
 
+    @property
+    def sums_suffice(self) -> bool:
+        """Whether the rule needs no more than sums of updates: the class that defines how it aggregates has to say so;
+        another that overrides that cannot inherit it.
+        """
+        classes = type(self.aggregation).__mro__
+        return next((vars(each).get("sums", False) for each in classes if "aggregate" in vars(each)), False)
+
     def to_json(self) -> dict[str, Any]:
         """Return the configuration as `parse_config` reads it."""
         return self.model_dump(mode="json")
@@ -147,8 +163,3 @@ class RunConfig(Table):
         """Return a short name of the configuration: another one has another, whatever keys fedit gains."""
         changed = self.model_dump(mode="json", exclude_defaults=True)
         return hashlib.sha256(json.dumps(changed, sort_keys=True).encode()).hexdigest()[:16]
-
-
-def _sums_suffice(rule: type[Aggregation]) -> bool:
-    """Tell whether the class that defines how a rule aggregates says that sums suffice; another cannot inherit that."""
-    return next((vars(each).get("sums", False) for each in rule.__mro__ if "aggregate" in vars(each)), False)

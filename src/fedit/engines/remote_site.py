@@ -197,6 +197,7 @@ class RemoteSite:
             "clients": {task.client: task.num_earlier for task in tasks},
             "inline": self._transport.inline_bytes,
             "merge": self._config.engine.merge_clients,
+            "epsilon": tasks[0].epsilon,
         }
         yield from self._news(request, packed, deadline, tasks[0].step)
 

@@ -318,7 +318,7 @@ class Worker:
         norm = sum(float(t.double().square().sum()) for t in result.update.tensors.values()) ** 0.5
         self._note(
             "sent", round=round_index, client=result.client, merged=len(result.others) or None, bytes=len(message),
-            norm=norm, sha256=sha256(message).hexdigest(),
+            norm=norm, sha256=sha256(message).hexdigest(), epsilon=job.request.get("epsilon"),
         )  # fmt: skip
         self._finish(job, header, message)
 

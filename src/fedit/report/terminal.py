@@ -69,7 +69,17 @@ def preflight_table(partition: Mapping[str, Any]) -> RenderableType:
     sampling = Text(
         f"Clients never sampled with this seed: {never:,} of {len(clients):,}", "yellow" if never else "dim"
     )
-    return Group(table, *([_encoding_table(encoding)] if encoding else []), *_first_dropped(encoding), *lost, sampling)
+    promised = [privacy_line(partition["privacy"])] if "privacy" in partition else []
+    tables = [table, *([_encoding_table(encoding)] if encoding else [])]
+    return Group(*tables, *_first_dropped(encoding), *lost, sampling, *promised)
+
+
+def privacy_line(statement: Mapping[str, Any]) -> Text:
+    """Return what a run promises its clients."""
+    return Text(
+        f"Privacy of each client: epsilon {statement['epsilon']:.2f}, delta {statement['delta']:.2g} after "
+        f"{statement['rounds']:,} rounds; noise {statement['noise_multiplier']:.2f} clip norms, {statement['noise']}"
+    )
 
 
 def _client_table(clients: Mapping[str, Mapping[str, Any]]) -> Table:
