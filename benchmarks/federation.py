@@ -91,7 +91,7 @@ def measure(folder: Path, server: Path, arguments: argparse.Namespace, rank: int
     timing = run_recipe(folder, "federation", arguments, rank, 'name = "natural"', *command)
     peaks = [timing["peak_memory_bytes"]]
     peaks += [peak_memory(folder, words) for words in PROCESSES[arguments.engine].values()]
-    adapter = timing["bytes_down"] / arguments.sites
+    adapter = timing["bytes_up"] / arguments.sites
     cells = [str(rank), f"{adapter / 1e6:.1f} MB", f"{timing['seconds']:.1f} s", f"{simulated:.1f} s"]
     print(f"| {' | '.join([*cells, *(f'{peak / 1e9:.2f} GB' for peak in peaks)])} |", flush=True)
 
@@ -106,7 +106,7 @@ def run_recipe(
     timing = json.loads((out / "timings.jsonl").read_text().splitlines()[1])
     record = json.loads((out / "rounds.jsonl").read_text().splitlines()[0])
     shutil.rmtree(out)
-    return {**timing, "bytes_down": record["bytes_down"]}
+    return {**timing, "bytes_up": record["bytes_up"]}
 
 
 COLUMNS = ["rank", "adapter", "round 2", "in simulation", "server", "its courier", "worker", "its courier", "SuperLink"]

@@ -440,6 +440,21 @@ def test_a_site_logs_what_it_was_asked_and_what_it_sent(recipe: Path, sites: Sit
     assert len(sent["sha256"]) == 64
 
 
+def test_a_site_logs_what_the_privacy_of_its_clients_has_cost(recipe: Path, sites: Sites) -> None:
+    private = (
+        "privacy.noise_multiplier=1",
+        "aggregation.name=fedit",
+        "aggregation.weighting=uniform",
+        "cohort.sampling=poisson",
+        "rounds=2",
+    )
+    _, records = federate(load(recipe, *private), sites)
+    assert [record.cohort for record in records] == [list(SITES)] * 2, "with a fraction of 1 all are drawn"
+    sent = [line for line in sites.folder_of("b").logged() if line["event"] == "sent"][-2:]
+    assert [line["epsilon"] for line in sent] == [record.epsilon for record in records]
+    assert 0 < sent[0]["epsilon"] < sent[1]["epsilon"]
+
+
 def test_a_message_that_is_longer_than_the_site_allows_is_refused(recipe: Path, sites: Sites) -> None:
     sites.become("a", "small")
     with pytest.raises(RoundError, match="takes 1,000 at most"):

@@ -65,17 +65,20 @@ def noise_for(target_epsilon: float, share: float, num_rounds: int, delta: float
                 f"[privacy] target_epsilon = {target_epsilon:g} is out of reach in {num_rounds} rounds with delta = "
                 f"{delta:.2g}. Raise it, or run fewer rounds."
             )
-    high = _smallest(renyi, target_epsilon, SMALLEST, high)  # an upper bound, and much faster
+    high = _on_target(renyi, target_epsilon, SMALLEST, high)  # an upper bound, and much faster
     low = 0.75 * high
-    return _smallest(tight, target_epsilon, low if tight(low) > target_epsilon else SMALLEST, high)
+    return _on_target(tight, target_epsilon, low if tight(low) > target_epsilon else SMALLEST, high)
 
 
-def _smallest(epsilon: Callable[[float], float], target: float, low: float, high: float) -> float:
-    """Return the smallest noise between `low`, which is too little, and `high` by which `epsilon` is on target."""
-    while high - low > TOLERANCE * high:
-        middle = (low + high) / 2
-        low, high = (low, middle) if epsilon(middle) <= target else (middle, high)
-    return high
+def _on_target(epsilon: Callable[[float], float], target: float, low: float, high: float) -> float:
+    """Return the noise between `low` and `high`, which is enough, by which `epsilon` is on target, or a bit below."""
+    from scipy.optimize import brentq
+
+    if epsilon(low) <= target:
+        return low
+    slack = TOLERANCE * high / 2
+    found: Any = brentq(lambda noise: epsilon(noise) - target, low, high, xtol=slack)
+    return min(high, float(found) + slack)
 
 
 def _epsilon(accountant: Any, noise_multiplier: float, share: float, num_rounds: int, delta: float) -> float:

@@ -165,7 +165,7 @@ def run_round(
         failures=answers.failures,
         train_loss=answers.loss_sum / max(1, answers.num_tokens),
         update_norm=update_norm,
-        aggregation_loss=result.metrics.get("aggregation_loss"),
+        aggregation_loss=result.metrics.get("aggregation_loss") if mechanism is None else None,
         bytes_up=answers.bytes_up,
         bytes_down=sum(download_size(config, state, task, history[task.client]) for task in tasks),
         tokens=answers.num_tokens,

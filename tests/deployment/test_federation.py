@@ -15,6 +15,7 @@ import pytest
 import torch
 from federations import SITES, Deployment, fedit, free_port, load, simulate, write_recipe
 
+from fedit.accounting import spent_epsilon
 from fedit.checkpoints import load_state
 from fedit.report import RunFolder
 
@@ -95,6 +96,44 @@ def test_an_interrupted_run_finishes_its_round_and_goes_on(made: tuple[Deploymen
     assert len(RunFolder.read(out).rounds) == 2
     fedit("federation", "run", "--server", deployment.server, "--resume", out)
     assert_like_simulation(recipe, out, tmp_path / "store", *LONG, "rounds=3")
+
+
+PRIVATE = (
+    "privacy.noise_multiplier=1",
+    "aggregation.name=fedit",
+    "aggregation.weighting=uniform",
+    "cohort.sampling=poisson",
+    "rounds=3",
+)
+
+
+def test_a_run_with_privacy_tells_no_exact_number_and_spends_nothing_twice(
+    made: tuple[Deployment, Path], tmp_path: Path
+) -> None:
+    """Its noise is the system's, its cohorts a secret's, and no site is asked for a loss; killed, it goes on."""
+    deployment, recipe = made
+    out = tmp_path / "run"
+    run = start_run(deployment, recipe, out, *PRIVATE, "client.local_steps=200")
+    wait_for_round(out, 1)
+    run.kill()
+    run.wait()
+    fedit("federation", "run", "--server", deployment.server, "--resume", out)
+    found = RunFolder.read(out)
+    statement = found.partition["privacy"]
+    assert statement["noise"] == "the operating system's"
+    assert [line["epsilon"] for line in found.rounds] == [spent_epsilon(1.0, 1.0, n, 3**-1.1) for n in (1, 2, 3)]
+    assert statement["epsilon"] == found.rounds[-1]["epsilon"]
+    for line in found.rounds:
+        told = {key: value for key, value in line.items() if value}
+        assert told.keys() == {"round", "update_norm", "epsilon", "clip_norm"}
+    secret = (out / ".cohorts.secret").read_text()
+    for file in (out / "config.json", out / "partition.json", out / "report.html"):
+        assert secret not in file.read_text()
+        assert str(int(secret, 16)) not in file.read_text()
+    adapter, _ = simulate(load(recipe, *PRIVATE, "client.local_steps=200"), tmp_path / "store")
+    state = load_state(out / "checkpoints")
+    assert state is not None
+    assert not all(torch.equal(tensor, state.adapter.tensors[name]) for name, tensor in adapter.tensors.items())
 
 
 KILLER = """

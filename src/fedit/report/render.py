@@ -11,7 +11,7 @@ from jinja2 import Environment, PackageLoader, StrictUndefined
 from fedit.files import write_atomically
 from fedit.report import format as formats
 from fedit.report import plots
-from fedit.report.finding import state_finding, state_sites
+from fedit.report.finding import state_finding, state_privacy, state_sites
 from fedit.report.folder import RunFolder
 from fedit.report.samples import choose_samples
 
@@ -52,7 +52,9 @@ def _sections(run: RunFolder) -> dict[str, Any]:
     return {
         "title": f"Federated instruction tuning of {_model_name(run)} on {_data_name(run)}",
         "recipe": run.config.get("recipe"),
-        "finding": state_sites(run.rounds, planned) or state_finding(run.evaluation, len(run.rounds), planned),
+        "finding": state_privacy(run.rounds, planned)
+        or state_sites(run.rounds, planned)
+        or state_finding(run.evaluation, len(run.rounds), planned),
         "rounds_done": len(run.rounds),
         "rounds_planned": planned,
         "config": run.config,
@@ -65,6 +67,7 @@ def _sections(run: RunFolder) -> dict[str, Any]:
         "samples": choose_samples(run),
         "partition": run.partition,
         "participation": _participation(run),
+        "privacy": _privacy(run),
         "communication": _communication(run),
         "time": _time(run),
         "peak_memory": max((timing.get("peak_memory_bytes") or 0 for timing in run.timings), default=0),
@@ -155,8 +158,16 @@ def _participation(run: RunFolder) -> dict[str, Any]:
         "num_sampled": len(sampled),
         "num_tasks": sum(len(entry["cohort"]) for entry in run.rounds),
         "failures": failures,
+        "withheld": bool(run.rounds) and "privacy" in run.partition and not sampled,
         "never_sampled": [client for client in run.partition.get("clients", {}) if client not in sampled],
     }
+
+
+def _privacy(run: RunFolder) -> dict[str, Any] | None:
+    """Return what the run promises its clients and what it has cost so far; None: it promises nothing."""
+    statement = run.partition.get("privacy")
+    spent = run.rounds[-1].get("epsilon") if run.rounds else 0.0
+    return None if statement is None else {"statement": statement, "spent": spent}
 
 
 def _communication(run: RunFolder) -> dict[str, Any]:
