@@ -28,7 +28,7 @@ from fedit.engines.simulation import Simulation
 from fedit.engines.site import Worker
 from fedit.engines.site_folder import SiteFolder
 from fedit.federation import expected_of
-from fedit.interfaces import Adapter
+from fedit.interfaces import Adapter, derive_rng
 from fedit.prepare import prepare_data, prepare_model
 from fedit.server import RoundRecord, ServerState, train
 
@@ -214,7 +214,8 @@ def simulate(config: RunConfig, store: Path) -> Finished:
     engine = Simulation(config, prepared.model, data.clients, ClientStore(store, config.digest()))
     records: list[RoundRecord] = []
     state = ServerState(0, prepared.initial)
-    state = train(config, engine, state, lambda state, record: records.append(record))
+    noise = lambda round_index: derive_rng(config.seed, "privacy", round_index).standard_normal
+    state = train(config, engine, state, lambda state, record: records.append(record), noise)
     return state.adapter, records
 
 

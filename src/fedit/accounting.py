@@ -14,7 +14,7 @@ from typing import Any
 
 from fedit.errors import ConfigError
 
-SMALLEST, LARGEST = 0.1, 10_000.0
+SMALLEST, LARGEST = 0.3, 10_000.0
 """Noise multipliers that are searched"""
 TOLERANCE = 1e-3
 """Of the one that is found, relative; it is never too small."""

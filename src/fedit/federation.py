@@ -21,7 +21,7 @@ from fedit.deployment import FederationConfig, courier_of, read_federation
 from fedit.engines.remote import Remote
 from fedit.experiment import Notify, PhaseStarted, Progressed, RoundFinished, Watch, check_base, describe_run
 from fedit.export import save_adapter
-from fedit.files import append_line, keep_lines, write_atomically, write_json
+from fedit.files import append_line, keep_lines, write_json, write_secret
 from fedit.interfaces import EngineError, FeditError
 from fedit.prepare import PreparedModel, prepare_model
 from fedit.privacy import Mechanism
@@ -114,6 +114,8 @@ def _run(
         privacy = {} if mechanism is None else {"privacy": mechanism.statement("the operating system's")}
         write_json(folder / "partition.json", {"run": before["run"], "clients": holdings, **privacy})
     state = load_state(folder / "checkpoints") or ServerState(0, prepared.initial)
+    if mechanism is not None and resumed:
+        _check_account(folder, mechanism, state.round_index)
     keep_lines(folder / "rounds.jsonl", state.round_index)
     keep_lines(folder / "timings.jsonl")
     notify(PhaseStarted("sites", config.rounds - state.round_index))
@@ -130,9 +132,30 @@ def _with_secret(config: RunConfig, folder: Path) -> RunConfig:
         return config
     file = folder / ".cohorts.secret"
     if not file.is_file():
-        write_atomically(file, secrets.token_hex(16).encode())
-        file.chmod(0o600)
-    return config.model_copy(update={"cohort_secret": int(file.read_text(), 16)})
+        if (folder / "partition.json").is_file():
+            raise EngineError(f"{file} is gone, by which the cohorts of this run are drawn. Restore it.")
+        write_secret(file, secrets.token_hex(16).encode())
+    return config.model_copy(update={"cohort_secret": int(file.read_text(encoding="ascii"), 16)})
+
+
+def _check_account(folder: Path, mechanism: Mechanism, rounds_saved: int) -> None:
+    """Refuse to go on with a run whose rounds would not cost what they are said to cost.
+
+    Raises:
+        EngineError: rounds that were told are to be done again, or another accountant wants other noise.
+    """
+    told = len(RunFolder.read(folder).rounds)
+    if told > rounds_saved + 1:
+        raise EngineError(
+            f"{folder} has told {told} rounds, and its last checkpoint is of round {rounds_saved}: done again with "
+            "other noise they would cost more privacy than is accounted for. Restore the checkpoint."
+        )
+    before = json.loads((folder / "partition.json").read_text(encoding="utf-8"))["privacy"]["noise_multiplier"]
+    if before != mechanism.noise_multiplier:
+        raise EngineError(
+            f"{folder} was started with a noise multiplier of {before}, and the accountant that is installed now asks "
+            f"for {mechanism.noise_multiplier}. Install the one that partition.json names."
+        )
 
 
 class StoppedError(FeditError):
@@ -156,6 +179,8 @@ class _Rounds:
         if config.privacy is not None:
             # Sites' losses are exact. And nothing of a round may leave before it is saved: done again it has other
             # noise, and both results together would tell more than one.
+            for client, reason in record.failures.items():
+                log.warning("round %d: %s failed: %s", record.round, client, reason)
             record, is_time = record.withheld(), False
         timing = self._watch.lap(record.tokens)
         losses: dict[str, tuple[float, int]] = {}
@@ -170,7 +195,8 @@ class _Rounds:
         timing["aggregation_seconds"] = round(line.pop("aggregation_s"), 6)
         append_line(self._folder / "rounds.jsonl", line)
         save_state(state, self._folder / "checkpoints")
-        append_line(self._folder / "timings.jsonl", {"round": record.round, **timing})
+        if config.privacy is None:  # what a round took tells who was there
+            append_line(self._folder / "timings.jsonl", {"round": record.round, **timing})
         self._notify(RoundFinished(record, timing["seconds"], config.rounds))
         self._notify(Progressed(1))
         self._watch.lap(0)

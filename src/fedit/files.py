@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import shutil
 from collections.abc import Callable, Mapping
 from contextlib import suppress
 from pathlib import Path
@@ -27,6 +28,21 @@ def write_atomically(path: Path, content: bytes) -> None:
     _replace(path, lambda temporary: temporary.write_bytes(content))
 
 
+def write_secret(path: Path, content: bytes) -> None:
+    """Write a file that nobody but its owner can read at any moment, atomically.
+
+    Raises:
+        FeditError: as `write_atomically`.
+    """
+
+    def write(temporary: Path) -> None:
+        temporary.unlink(missing_ok=True)
+        temporary.touch(mode=0o600, exist_ok=False)
+        temporary.write_bytes(content)
+
+    _replace(path, write)
+
+
 def write_tensors(path: Path, tensors: Mapping[str, Tensor], about: Mapping[str, str]) -> None:
     """Write tensors, with words about them, as a safetensors file, atomically.
 
@@ -36,7 +52,23 @@ def write_tensors(path: Path, tensors: Mapping[str, Tensor], about: Mapping[str,
     from safetensors.torch import save_file
 
     whole = {name: tensor.detach().cpu().contiguous() for name, tensor in tensors.items()}
-    _replace(path, lambda temporary: save_file(whole, temporary, dict(about)))
+
+    def write(temporary: Path) -> None:
+        # The library writes to a random name first, for its owner alone: in a folder of its own, where the next write
+        # finds what a killed one left, and with the rights that any other file has.
+        temporary.touch()
+        rights = temporary.stat().st_mode
+        place = temporary.with_name(f"{temporary.name}.d")
+        shutil.rmtree(place, ignore_errors=True)
+        place.mkdir()
+        try:
+            save_file(whole, place / "tensors", dict(about))
+            (place / "tensors").chmod(rights)
+            (place / "tensors").rename(temporary)
+        finally:
+            shutil.rmtree(place, ignore_errors=True)
+
+    _replace(path, write)
 
 
 def _replace(path: Path, write: Callable[[Path], object]) -> None:

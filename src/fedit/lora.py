@@ -24,20 +24,23 @@ class Pieces:
     slots: Tensor
     """int64 [P]: the slot of each piece"""
     order: Tensor
-    """int64 [P]: the pieces sorted by slot"""
+    """int64 [P]: the pieces sorted by where their gradients go: to their slots, or to their rows"""
     offsets: Tensor
-    """int64 [S]: where in `order` the pieces of each slot begin"""
+    """int64 [S], or [rows]: where in `order` the pieces of each begin"""
     only_slot: int | None
-    """The one slot that all pieces have, if they do"""
+    """The one slot that all pieces have, if they do, and one row too where gradients go to rows"""
+    only_target: int
+    """Where the gradients go then"""
 
     @staticmethod
-    def of(slots: Sequence[int], num_slots: int, device: torch.device) -> Pieces:
-        counts = np.bincount(slots, minlength=num_slots)
+    def of(slots: Sequence[int], targets: Sequence[int], num_targets: int, device: torch.device) -> Pieces:
+        """Return the pieces that see `slots` and whose gradients go to `targets`."""
+        counts = np.bincount(targets, minlength=num_targets)
         slot, order, offsets = (
             torch.from_numpy(array).to(device)
-            for array in (np.asarray(slots), np.argsort(slots, kind="stable"), np.cumsum(counts) - counts)
+            for array in (np.asarray(slots), np.argsort(targets, kind="stable"), np.cumsum(counts) - counts)
         )
-        return Pieces(slot, order, offsets, slots[0] if len(set(slots)) == 1 else None)
+        return Pieces(slot, order, offsets, slots[0] if len(set(targets)) == 1 else None, targets[0])
 
     def split(self, tokens: Tensor) -> Tensor:
         """Return `tokens` [N, n] as [P, N/P, n], or as they are where one slot has all."""
@@ -48,12 +51,12 @@ class Pieces:
         return stack.index_select(0, self.slots) if self.only_slot is None else stack[self.only_slot]
 
     def add(self, pieces: Tensor, into: Tensor) -> None:
-        """Add up `pieces` [P, ...] of each slot (or the one slot's sum) into `into` [S, ...].
+        """Add up `pieces` [P, ...] of each target (or the one target's sum) into `into` [targets, ...].
 
         A bag of embeddings is a sum of chosen rows: a third of the time of ``index_add_``, and deterministic on GPUs.
         """
         if self.only_slot is not None:
-            into[self.only_slot].add_(pieces)
+            into[self.only_target].add_(pieces)
         else:
             sums = embedding_bag(self.order, pieces.flatten(1), self.offsets, mode="sum")
             into.add_(sums.view(into.shape))

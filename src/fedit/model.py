@@ -151,11 +151,19 @@ class StackedModel:
         dtype = torch.promote_types(self.base.dtype, torch.float32)
         self.parameters = torch.zeros(num_slots, self.num_parameters, device=self.device, dtype=dtype)
         self._factors = list(self.views(self.parameters))
-        self._gradients = torch.zeros_like(self.parameters if trained else self.parameters[:0])
         self._copies = torch.zeros_like(self.parameters, dtype=self.base.dtype)
         self.scaling = torch.zeros(num_slots, device=self.device, dtype=dtype)
         for layer, factors in self.views(self._copies):
             layer.lora_A, layer.lora_B = (nn.Parameter(factor) for factor in factors)
+        self._collect(num_slots if trained else 0, trained)
+
+    def collect_by_row(self, num_rows: int, trained: Collection[str]) -> None:
+        """Keep the gradients of so many rows apart from now on, until slots are allocated again."""
+        self._collect(num_rows, trained)
+
+    def _collect(self, num_targets: int, trained: Collection[str]) -> None:
+        self._gradients = self.parameters.new_zeros(num_targets, self.num_parameters)
+        self._row_slots: Tensor | None = None
         for layer, factors in self.views(self._gradients):
             wanted = [factor if name in trained else None for name, factor in zip(FACTORS, factors, strict=True)]
             layer.gradient_A, layer.gradient_B = wanted
@@ -210,9 +218,13 @@ class StackedModel:
         _log.warning("Out of memory: going on from the last step with %d tokens at a time.", self.batch_tokens)
 
     def take_gradients(self, slots: slice = slice(None)) -> Tensor:
-        """Return the gradients of `parameters` [S, d] that backward passes added up; to be set to zero once used."""
+        """Return the gradients of `parameters` [S, d] that backward passes added up; to be set to zero once used.
+
+        Where they are collected by row, `slots` are rows of the last pass.
+        """
         gradients = self._gradients[slots]
-        gradients[:, self._num_first_factors :] *= self.scaling[slots, None]
+        scaling = self.scaling if self._row_slots is None else self.scaling[self._row_slots]
+        gradients[:, self._num_first_factors :] *= scaling[slots, None]
         return gradients
 
     def views(self, stack: Tensor) -> Iterator[tuple[StackedLora, tuple[Tensor, Tensor]]]:
@@ -291,14 +303,16 @@ class StackedModel:
         """Yield the indices and the batch of each part of `examples` that goes through the base at once."""
         return batches(examples, slots, self.device, self.longest_packed, self.batch_tokens, seeds)
 
-    def token_losses(self, batch: Batch) -> tuple[Tensor, Tensor]:
+    def token_losses(self, batch: Batch, slot_of_row: Sequence[int] = ()) -> tuple[Tensor, Tensor]:
         """Return the negative log-likelihood (nats, [P]) of each supervised token, and its row (int64 [P]).
+
+        Where gradients are collected by row, the batch's "slots" are rows, and `slot_of_row` says what each sees.
 
         The head is applied to the P positions that predict a supervised token only; the order is row by row.
         """
         self.processed_tokens += batch.input_ids.numel()
         dropout = [(seed, *row) for seed, row in zip(batch.dropout_seeds, batch.rows, strict=False)]
-        self._route(batch.piece_slots, batch.predicting, dropout if self.dropout else ())
+        self._route(batch.piece_slots, batch.predicting, dropout if self.dropout else (), slot_of_row)
         logits = self.base(
             input_ids=batch.input_ids,
             position_ids=batch.position_ids,
@@ -343,10 +357,15 @@ class StackedModel:
         piece_slots: Sequence[int],
         head_positions: Tensor | None = None,
         dropout: Sequence[tuple[int, int, int]] = (),
+        slot_of_row: Sequence[int] = (),
     ) -> None:
         """Tell the layers about the next call of the base; it holds until another, as checkpointed layers run again."""
         routing = self._routing
-        routing.pieces = Pieces.of(piece_slots, self.num_slots, self.device)
+        slots, num_targets = piece_slots, self.num_slots
+        if slot_of_row:
+            slots, num_targets = [slot_of_row[row] for row in piece_slots], len(self._gradients)
+            self._row_slots = torch.as_tensor(slot_of_row, device=self.device)
+        routing.pieces = Pieces.of(slots, piece_slots, num_targets, self.device)
         routing.head_positions, routing.dropout = head_positions, dropout
 
     def _note_num_tokens(self, _base: nn.Module, _arguments: tuple[object, ...], named: dict[str, Tensor]) -> None:

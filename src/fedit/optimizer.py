@@ -12,9 +12,10 @@ from fedit.config import ClientConfig
 from fedit.core_stack import CoreStack
 from fedit.interfaces import FACTORS
 from fedit.model import StackedModel
+from fedit.private_stack import PrivateStack
 from fedit.seed_stack import SeedStack
 
-Stack = StackedModel | CoreStack | SeedStack
+Stack = StackedModel | CoreStack | SeedStack | PrivateStack
 """What an optimizer can move: slots with `parameters`, and gradients for them"""
 BETA1, BETA2, EPSILON = 0.9, 0.999, 1e-8
 

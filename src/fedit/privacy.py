@@ -11,6 +11,8 @@ rounds do with this mean costs no more privacy. The server sees single updates; 
 
 from __future__ import annotations
 
+import bisect
+import functools
 import math
 import os
 from collections.abc import Callable, Iterable, Mapping
@@ -22,7 +24,7 @@ import torch
 
 from fedit.accounting import accountant, noise_for, spent_epsilon
 from fedit.config import PrivacyConfig, RunConfig
-from fedit.interfaces import Adapter, ClientUpdate, ConfigError
+from fedit.interfaces import Adapter, ClientUpdate, ConfigError, derive_rng
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -64,7 +66,13 @@ class Mechanism:
         if noise is None:
             assert privacy.target_epsilon is not None
             noise = noise_for(privacy.target_epsilon, share, run.rounds, delta)
-        return cls(privacy, num_clients, share, run.rounds, delta, noise)
+        made = cls(privacy, num_clients, share, run.rounds, delta, noise)
+        if not made.num_affordable:
+            raise ConfigError(
+                f"[privacy] noise_multiplier = {noise:g} costs an epsilon of {made.spent(1):.2f} in the first round, "
+                f"more than target_epsilon = {privacy.target_epsilon:g}. Raise one of them."
+            )
+        return made
 
     @property
     def expected_size(self) -> float:
@@ -91,18 +99,25 @@ class Mechanism:
 
     def exhausted(self, num_rounds: int) -> bool:
         """Tell whether one more round than `num_rounds` would exceed the budget."""
+        return num_rounds >= self.num_affordable
+
+    @functools.cached_property
+    def num_affordable(self) -> int:
+        """The rounds that the budget allows, as many as are planned at most."""
         budget = self.config.target_epsilon
-        return budget is not None and self.spent(num_rounds + 1) > budget * (1 + 1e-9)
+        if budget is None or self.config.noise_multiplier is None:
+            return self.num_rounds  # the noise was made for it
+        return bisect.bisect_right(range(1, self.num_rounds + 1), budget, key=self.spent)
 
     def statement(self, noise: str) -> dict[str, Any]:
         """Return what is promised, in words and numbers that can be cited; `noise` says where the noise is from."""
         return {
-            "epsilon": self.spent(self.num_rounds),
+            "epsilon": self.spent(self.num_affordable),
             "delta": self.delta,
             "unit": "client: all rows of one client",
             "adjacency": "one client added or removed",
             "sampling": f"Poisson, probability {self.share:g} a round",
-            "rounds": self.num_rounds,
+            "rounds": self.num_affordable,
             "noise_multiplier": self.noise_multiplier,
             "clip_norm": self.config.clip_norm,
             "clipping": "fixed" if self.config.clip_quantile is None else f"quantile {self.config.clip_quantile:g}",
@@ -146,6 +161,31 @@ def clip(tensors: Mapping[str, Tensor], bound: float) -> tuple[dict[str, Tensor]
     norm = math.sqrt(sum(float(tensor.double().square().sum()) for tensor in tensors.values()))
     factor = min(1.0, bound / norm) if norm else 1.0
     return {name: tensor.double() * factor for name, tensor in tensors.items()}, norm
+
+
+class Draws:
+    """Random numbers for the privacy of rows: by a seed, for who simulates, or the operating system's."""
+
+    def __init__(self, seed: int | None) -> None:
+        """Draw by `seed`; None: what nobody can repeat."""
+        self._seed = seed
+
+    @property
+    def repeatable(self) -> bool:
+        """Whether the same purpose gives the same numbers again."""
+        return self._seed is not None
+
+    def uniform(self, size: int, *purpose: str | int) -> np.ndarray:
+        """Return numbers in [0, 1), float64 [size]."""
+        if self._seed is None:
+            return (np.frombuffer(os.urandom(8 * size), dtype="<u8") >> np.uint64(11)) * 2.0**-53
+        return derive_rng(self._seed, "uniform", *purpose).random(size)
+
+    def normal(self, shape: tuple[int, ...], *purpose: str | int) -> np.ndarray:
+        """Return standard normal numbers, float64."""
+        if self._seed is None:
+            return system_noise(shape)
+        return derive_rng(self._seed, "normal", *purpose).standard_normal(shape)
 
 
 def system_noise(shape: tuple[int, ...]) -> np.ndarray:

@@ -92,7 +92,15 @@ class RoundRecord:
     def withheld(self) -> RoundRecord:
         """Return what may be told of a round whose clients have privacy: nothing exact of who came or what they had."""
         return replace(
-            self, cohort=[], failures={}, train_loss=None, aggregation_loss=None, bytes_up=0, bytes_down=0, tokens=0
+            self,
+            cohort=[],
+            failures={},
+            train_loss=None,
+            update_norm=0.0,
+            aggregation_loss=None,
+            bytes_up=0,
+            bytes_down=0,
+            tokens=0,
         )
 
 

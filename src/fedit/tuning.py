@@ -24,6 +24,7 @@ from fedit.core_stack import CoreStack
 from fedit.interfaces import FACTORS, Adapter, EncodedExample, Objective, derive_rng, derive_seed
 from fedit.model import StackedModel
 from fedit.optimizer import Moments, Stack, StackedOptimizer
+from fedit.private_stack import PrivateStack, RowPrivacy
 from fedit.seed_stack import SeedStack, both_sides
 
 _PLAIN = Objective()
@@ -51,6 +52,8 @@ class TuningTask:
     pull: float = 0.0
     correction: Mapping[str, torch.Tensor] | None = None
     """Tensors by name that are added to every gradient (control variates)"""
+    privacy: RowPrivacy | None = None
+    """What hides single rows; all tasks that are trained together have it, or none."""
 
 
 @dataclass(frozen=True, eq=False)
@@ -93,8 +96,13 @@ class _Slot:
 
     def prepare(self, batch_size: int, objective: Objective) -> None:
         """Take the next step's batch from the client's walk through its rows."""
-        examples, step = self.task.examples, self.task.first_batch + self.step
-        self.batch = [examples[i] for i in batch_indices(len(examples), batch_size, step, self.task.seed)]
+        examples, step, privacy = self.task.examples, self.task.first_batch + self.step, self.task.privacy
+        if privacy is None:
+            chosen = batch_indices(len(examples), batch_size, step, self.task.seed)
+        else:
+            drawn = privacy.draws.uniform(len(examples), self.task.name, self.task.first_step + self.step)
+            chosen = np.flatnonzero(drawn < privacy.share)
+        self.batch = [examples[i] for i in chosen.tolist()]
         if objective.preferences:
             self.batch += [example.rejected for example in self.batch if example.rejected is not None]
 
@@ -122,27 +130,14 @@ def tune(
     if (first := next(queue, None)) is None:
         return
     queue = itertools.chain([first], queue)
-    stack: Stack = model
-    if AMOUNTS in trained:
-        stack = SeedStack(model, num_slots, first.adapter)
-    elif set(trained) <= set(FACTORS):
-        model.allocate(num_slots, trained)
-    else:
-        stack = CoreStack(model, num_slots, first.adapter)
+    stack = _stack_for(model, num_slots, trained, first)
     optimizer = StackedOptimizer(stack, config, trained)
     free, live = list(range(num_slots)), list[_Slot]()
     while True:
         while free and (task := next(queue, None)) is not None:
             slot = _Slot(free.pop(0), task)
             model.set_side(task.adapter.side, shared=bool(live))
-            stack.write(slot.index, task.adapter)
-            optimizer.start(slot.index, task.moments)
-            if task.anchor is not None:
-                optimizer.pull(slot.index, stack.flat(task.anchor, task.adapter.rank), task.pull)
-            if task.correction is not None:
-                optimizer.correct(slot.index, stack.flat(task.correction, task.adapter.rank))
-            if objective.shrinkage:
-                optimizer.shrink(slot.index, objective.kept_rank(task.adapter.rank), objective.shrinkage)
+            _begin(slot, stack, optimizer, objective)
             slot.prepare(config.batch_size, objective)
             live.append(slot)
         if not live:
@@ -157,6 +152,34 @@ def tune(
             live.remove(slot)
             free.append(slot.index)
             yield _finish(stack, slot, healthy, optimizer.moments(slot.index) if keep_moments else None)
+
+
+def _stack_for(model: StackedModel, num_slots: int, trained: Collection[str], first: TuningTask) -> Stack:
+    """Return empty slots for the factors that tasks like `first` train."""
+    if AMOUNTS in trained:
+        return SeedStack(model, num_slots, first.adapter)
+    stack: StackedModel | CoreStack = model
+    if set(trained) <= set(FACTORS):
+        model.allocate(num_slots, trained if first.privacy is None else ())
+    else:
+        stack = CoreStack(model, num_slots, first.adapter)
+    return stack if first.privacy is None else PrivateStack(model, stack, trained)
+
+
+def _begin(slot: _Slot, stack: Stack, optimizer: StackedOptimizer, objective: Objective) -> None:
+    """Put a slot's task into the stack, and what is added to its gradients."""
+    task = slot.task
+    stack.write(slot.index, task.adapter)
+    optimizer.start(slot.index, task.moments)
+    if task.anchor is not None:
+        optimizer.pull(slot.index, stack.flat(task.anchor, task.adapter.rank), task.pull)
+    if task.correction is not None:
+        optimizer.correct(slot.index, stack.flat(task.correction, task.adapter.rank))
+    if isinstance(stack, PrivateStack):
+        assert task.privacy is not None
+        stack.start(slot.index, task.privacy, task.name, task.first_step)
+    if objective.shrinkage:
+        optimizer.shrink(slot.index, objective.kept_rank(task.adapter.rank), objective.shrinkage)
 
 
 def _take_turn(live: Sequence[_Slot], limit: int) -> list[_Slot]:
@@ -203,6 +226,8 @@ def _step(
     if isinstance(stack, SeedStack):
         seeds_of_step = {s.index: derive_seed(s.task.seed, "step", s.task.first_step + s.step) for s in turn}
         collect = partial(_measure_slopes, model, stack, rows, seeds_of_step)
+    elif isinstance(stack, PrivateStack):
+        collect = partial(_backpropagate_rows, model, stack, rows)
     elif objective.preferences:
         collect = partial(_backpropagate_preferences, model, rows, objective)
     else:
@@ -221,14 +246,34 @@ def _step(
         slot.rate_sum += rates[slot.index]
         slot.step += 1
         slot.num_tokens += slot.batch_tokens
-        slot.losses.append(losses[slot.index])
-    return [math.isfinite(losses[slot.index]) and math.isfinite(norms[slot.index]) for slot in turn]
+        if slot.batch:  # of rows that are drawn one by one there may be none
+            slot.losses.append(losses[slot.index])
+    return [math.isfinite(losses.get(slot.index, 0.0)) and math.isfinite(norms[slot.index]) for slot in turn]
 
 
 def _backpropagate_responses(model: StackedModel, rows: _Rows) -> dict[int, float]:
     """Add the gradients of each slot's mean loss per response token; return these losses."""
     weights = _weights_of_means(rows)
     return _sum_by_slot(rows.slots, _response_losses(model, rows, weights) * weights)
+
+
+def _backpropagate_rows(model: StackedModel, stack: PrivateStack, rows: _Rows) -> dict[int, float]:
+    """Add each row's clipped gradient of its mean loss per response token; return the means of these losses."""
+    losses = np.zeros(len(rows.examples))
+    for start in range(0, len(losses), stack.max_rows):
+        few = slice(start, start + stack.max_rows)
+        examples, slots = rows.examples[few], rows.slots[few]
+        weight_of_row = torch.tensor([1 / max(1, example.num_supervised) for example in examples]).to(model.scaling)
+        for part, batch in model.batches(examples, range(len(examples)), rows.seeds[few]):
+            token_losses, row_in_part = model.token_losses(batch, slots)
+            row = torch.as_tensor(part, device=model.device)[row_in_part]
+            weighted = token_losses * weight_of_row[row]
+            weighted.sum().backward()
+            sums = torch.zeros_like(weight_of_row).index_add_(0, row, weighted.detach())
+            losses[few] += sums.double().cpu().numpy()
+        stack.add_rows(slots)
+    counts = Counter(rows.slots)
+    return {slot: loss / counts[slot] for slot, loss in _sum_by_slot(rows.slots, losses).items()}
 
 
 def _weights_of_means(rows: _Rows) -> np.ndarray:
@@ -297,10 +342,10 @@ def _finish(stack: Stack, slot: _Slot, healthy: bool, moments: Moments | None) -
     task = slot.task
     failure = None
     if not healthy:
-        what = "loss" if not math.isfinite(slot.losses[-1]) else "gradient"
+        what = "loss" if slot.losses and not math.isfinite(slot.losses[-1]) else "gradient"
         failure = f"{what} is not finite at step {task.first_step + slot.step}; lower [client] learning_rate"
     adapter = task.adapter.with_tensors({**task.adapter.tensors, **stack.read(slot.index, task.adapter.rank)})
-    loss = float(np.mean(slot.losses))
+    loss = float(np.mean(slot.losses)) if slot.losses else 0.0
     return TuningResult(task, adapter, loss, slot.num_tokens, moments, slot.rate_sum, failure)
 
 

@@ -125,12 +125,17 @@ def test_a_run_with_privacy_tells_no_exact_number_and_spends_nothing_twice(
     assert statement["epsilon"] == found.rounds[-1]["epsilon"]
     for line in found.rounds:
         told = {key: value for key, value in line.items() if value}
-        assert told.keys() == {"round", "update_norm", "epsilon", "clip_norm"}
+        assert told.keys() == {"round", "epsilon", "clip_norm"}
+    assert not found.timings
+    assert {about["rows"] for about in found.partition["clients"].values()} == {1}
     secret = (out / ".cohorts.secret").read_text()
     for file in (out / "config.json", out / "partition.json", out / "report.html"):
         assert secret not in file.read_text()
         assert str(int(secret, 16)) not in file.read_text()
-    adapter, _ = simulate(load(recipe, *PRIVATE, "client.local_steps=200"), tmp_path / "store")
+    options = (*PRIVATE, "client.local_steps=200")
+    adapter, _ = simulate(load(recipe, *options), tmp_path / "store")
+    again, _ = simulate(load(recipe, *options), tmp_path / "again")
+    assert all(torch.equal(tensor, again.tensors[name]) for name, tensor in adapter.tensors.items()), "it is seeded"
     state = load_state(out / "checkpoints")
     assert state is not None
     assert not all(torch.equal(tensor, state.adapter.tensors[name]) for name, tensor in adapter.tensors.items())

@@ -100,7 +100,7 @@ def test_a_base_that_leaks_between_packed_rows_is_not_packed(tiny_model_folder: 
 @pytest.mark.parametrize("slots", [[0, 0, 2], [2, 0, 2, 1, 0], [3], [1, 1]])
 def test_pieces_add_up_by_slot(slots: list[int]) -> None:
     """Many adapters or one; and what is not finite stays with its slot."""
-    pieces = Pieces.of(slots, 4, CPU)
+    pieces = Pieces.of(slots, slots, 4, CPU)
     parts = torch.randn(len(slots), 2, 3, generator=torch.Generator().manual_seed(0))
     expected = torch.ones(4, 2, 3)
     for slot, part in zip(slots, parts, strict=True):

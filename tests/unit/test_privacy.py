@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import json
 import logging
 import math
 import sys
 from collections.abc import Iterator, Sequence
+from contextlib import nullcontext
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -22,7 +24,8 @@ from fedit.accounting import accountant, noise_for, spent_epsilon
 from fedit.checkpoints import load_state, save_state
 from fedit.cohort import sample_cohort
 from fedit.config import RunConfig, load_plugins, parse_config
-from fedit.interfaces import Adapter, ClientFailure, ClientTask, ClientUpdate, ConfigError
+from fedit.federation import _check_account, _with_secret
+from fedit.interfaces import Adapter, ClientFailure, ClientTask, ClientUpdate, ConfigError, EngineError, plugins
 from fedit.privacy import Mechanism, Noise, clip, system_noise
 from fedit.server import RoundRecord, ServerState, run_round, train
 
@@ -140,7 +143,7 @@ def test_the_systems_noise_is_normal_and_never_the_same() -> None:
 
 def test_the_clip_norm_follows_the_quantile() -> None:
     """Without noise it ends where so many of the updates' norms are below it (1905.03871)."""
-    run = config({"noise_multiplier": 1e-6, "clip_norm": 0.01, "clip_quantile": 0.3}, cohort={"sampling": "poisson"})
+    run = config({"noise_multiplier": 1.0, "clip_norm": 0.01, "clip_quantile": 0.3}, cohort={"sampling": "poisson"})
     made = mechanism(run, 100)
     norms = np.linspace(1.0, 3.0, 100)
     updates = [update(f"c{number}", adapter(0, size / norm(adapter(0).tensors))) for number, size in enumerate(norms)]
@@ -322,6 +325,15 @@ def test_a_budget_that_is_exhausted_ends_the_run_before_the_round_that_would_bre
     assert finish(run, state)[0] is state, "and it stays ended"
 
 
+def test_what_is_promised_is_what_the_budget_affords() -> None:
+    made = mechanism(config())
+    budget = (made.spent(2) + made.spent(3)) / 2
+    statement = mechanism(config({"noise_multiplier": 1.0, "target_epsilon": budget}, rounds=50)).statement("")
+    assert (statement["rounds"], statement["epsilon"]) == (2, made.spent(2))
+    with pytest.raises(ConfigError, match=r"noise_multiplier = 1 costs an epsilon of .* in the first round, more than"):
+        mechanism(config({"noise_multiplier": 1.0, "target_epsilon": 0.01}))
+
+
 def test_a_target_is_reached_in_the_last_round_and_not_exceeded() -> None:
     made = mechanism(config({"target_epsilon": 3.0}, rounds=6))
     assert 2.95 < made.spent(6) <= 3.0
@@ -333,7 +345,8 @@ def test_what_is_told_of_a_round_has_no_exact_number_of_its_clients() -> None:
     told = record.withheld()
     assert (told.cohort, told.failures, told.train_loss, told.aggregation_loss) == ([], {}, None, None)
     assert (told.bytes_up, told.bytes_down, told.tokens) == (0, 0, 0)
-    assert (told.epsilon, told.update_norm) == (record.epsilon, record.update_norm)
+    assert told.update_norm == 0
+    assert (told.epsilon, told.clip_norm) == (record.epsilon, record.clip_norm)
 
 
 def test_a_secret_draws_the_cohorts_and_is_in_no_description() -> None:
@@ -371,6 +384,65 @@ def test_a_secret_draws_the_cohorts_and_is_in_no_description() -> None:
 def test_what_would_void_the_guarantee_is_refused(tables: dict[str, Any], says: str) -> None:
     with pytest.raises(ConfigError, match=says):
         mechanism(config(tables.get("privacy"), **{key: table for key, table in tables.items() if key != "privacy"}))
+
+
+def test_the_rules_that_are_let_through_are_those_that_the_refusal_names() -> None:
+    let_through = set()
+    for name, rule in plugins("aggregation").items():
+        tables: dict[str, Any] = {"aggregation": {"name": name}}
+        if "weighting" in rule.model_fields:
+            tables["aggregation"]["weighting"] = "uniform"
+        try:
+            made = mechanism(config(**tables))
+        except ConfigError:
+            continue
+        let_through.add(name)
+        assert made.noise_multiplier == 1
+    assert let_through == {"fedit", "ffa-lora", "rolora", "fedsa-lora", "fedsvd", "fed-sb", "tinylora"}
+    with pytest.raises(ConfigError) as refused:
+        config(aggregation={"name": "median"})
+    assert all(name in str(refused.value) for name in let_through)
+
+
+def test_a_real_run_draws_a_secret_once_and_keeps_it_to_itself(tmp_path: Path) -> None:
+    run = config()
+    with_secret = _with_secret(run, tmp_path / "run")
+    file = tmp_path / "run" / ".cohorts.secret"
+    assert file.stat().st_mode & 0o777 == 0o600
+    assert with_secret.cohort_secret == int(file.read_text(), 16)
+    assert _with_secret(run, tmp_path / "run").cohort_secret == with_secret.cohort_secret
+    assert _with_secret(run, tmp_path / "other").cohort_secret != with_secret.cohort_secret
+    (tmp_path / "run" / "partition.json").write_text("{}")
+    file.unlink()
+    with pytest.raises(EngineError, match=r"cohorts\.secret is gone"):
+        _with_secret(run, tmp_path / "run")
+    assert _with_secret(parse_config({}), tmp_path / "plain").cohort_secret is None
+    assert not (tmp_path / "plain").exists()
+
+
+@pytest.mark.parametrize(
+    ("told", "saved", "noise", "says"),
+    [
+        (3, 3, 1.0, None),
+        (3, 2, 1.0, None),  # killed between a round's line and its checkpoint
+        (3, 1, 1.0, "has told 3 rounds, and its last checkpoint is of round 1"),
+        (2, 0, 1.0, "has told 2 rounds, and its last checkpoint is of round 0"),
+        (3, 3, 1.1, r"was started with a noise multiplier of 1\.1"),
+    ],
+)
+def test_a_run_whose_account_would_be_wrong_does_not_go_on(
+    tmp_path: Path, told: int, saved: int, noise: float, says: str | None
+) -> None:
+    (tmp_path / "config.json").write_text("{}")
+    (tmp_path / "partition.json").write_text(json.dumps({"privacy": {"noise_multiplier": noise}}))
+    (tmp_path / "rounds.jsonl").write_text("".join(f'{{"round": {number + 1}}}\n' for number in range(told)))
+    with pytest.raises(EngineError, match=says) if says else nullcontext():
+        _check_account(tmp_path, mechanism(config()), saved)
+
+
+def test_a_recipe_cannot_set_the_secret() -> None:
+    with pytest.raises(ConfigError, match="cohort_secret is no key of a recipe"):
+        config(cohort_secret=5)
 
 
 def test_presets() -> None:

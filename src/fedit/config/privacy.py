@@ -28,8 +28,9 @@ class PrivacyConfig(Table):
     target_epsilon: float | None = Field(default=None, gt=0)
     """Of all rounds together: the noise follows from it. With a `noise_multiplier` it is a budget: the run ends before
     the round that would exceed it."""
-    noise_multiplier: float | None = Field(default=None, gt=0)
-    """Standard deviation of the noise on the sum, in clip norms."""
+    noise_multiplier: float | None = Field(default=None, ge=0.3)
+    """Standard deviation of the noise on the sum, in clip norms; less than 0.3 promises nothing that is worth its name
+    (clipping alone is `[aggregation] name = "norm-clipping"`)."""
     delta: float | None = Field(default=None, gt=0, lt=1)
     """None: N^-1.1 for N clients."""
     clip_norm: float = Field(default=1.0, gt=0)
@@ -60,8 +61,9 @@ class PrivacyConfig(Table):
             f"[aggregation] name = {rule.name!r}: it needs each client's update, and noise hides a sum. Use one of "
             "fedit, ffa-lora, rolora, fedsa-lora, fedsvd, fed-sb, tinylora": not run.sums_suffice,
             "[adapter] rank: ranks that differ. Use one": not isinstance(run.adapter.rank, int),
-            f'[upload] mask = "{run.upload.mask}": which numbers travel depends on the rows. Use dense': (
-                run.upload.mask == "top-k"
+            '[upload] mask = "top-k": which numbers travel depends on the rows. Use dense': run.upload.mask == "top-k",
+            f"[aggregation] name = {rule.name!r}: which numbers travel depends on the rows. Use another rule": (
+                rule.sparse or rule.ranks_kept < 1
             ),
             "[engine] merge_clients: a mean of clients cannot be clipped client by client": run.engine.merge_clients,
             f"[objective] name = {run.objective.name!r}: its clients send more than an update": (

@@ -63,6 +63,8 @@ class RunConfig(Table):
 
     def check(self) -> None:
         """Raise ConfigError for combinations that no data or hardware could make work."""
+        if self.cohort_secret is not None:
+            raise ConfigError("cohort_secret is no key of a recipe: a real run with privacy draws it.")
         num_clients = getattr(self.partition, "num_clients", None)
         if num_clients is not None:
             if self.cohort.size is not None and self.cohort.size > num_clients:

@@ -67,14 +67,15 @@ def join_run(
     data = started.with_margins(config, data)
     store = ClientStore(folder.state_of(run), described.digest())
     engine = Simulation(config, started.model, data.clients, store, on_step)
+    counts = folder.config.policy.counts and described.privacy is None
     answer = {
-        "clients": {client: len(rows) if folder.config.policy.counts else 1 for client, rows in data.clients.items()},
+        "clients": {client: len(rows) if counts else 1 for client, rows in data.clients.items()},
         "initial": digests(started.initial.tensors),
         "torch": torch.__version__,
         "device": str(started.model.device),
         "memory_bytes": memory_bytes(config.engine, started.model.device),
         "slots": started.model.max_slots,
     }
-    if folder.config.policy.counts:
+    if counts:
         answer["held_out"] = len(data.test)
     return Joined(config, started.model, data.clients, data.test, engine, started.initial, answer)

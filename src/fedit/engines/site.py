@@ -311,9 +311,10 @@ class Worker:
         """Make an update ready to be fetched, with what the policy lets leave."""
         round_index = job.request["round"]
         header, message = pack_update(result, codec, round_index)
-        if not self._policy.counts:
+        private = job.request.get("epsilon") is not None
+        if private or not self._policy.counts:
             header["num_examples"] = 1 + len(result.others)
-        if not self._policy.losses:
+        if private or not self._policy.losses:
             header |= {"loss": 0.0, "num_tokens": 0}
         norm = sum(float(t.double().square().sum()) for t in result.update.tensors.values()) ** 0.5
         self._note(

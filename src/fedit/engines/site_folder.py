@@ -113,6 +113,8 @@ class SiteFolder:
         try:
             known = json.loads(file.read_text(encoding="utf-8")) if file.is_file() else {}
             numbers = {str(name): int(number) for name, number in known.items()}
+            if len(set(numbers.values())) < len(numbers):
+                raise ValueError("two clients have one number")
         except (OSError, ValueError, TypeError, AttributeError) as error:
             raise FeditError(
                 f"{file} cannot be read: {error}. Restore it; without it the clients are numbered anew, and must not "
