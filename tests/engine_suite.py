@@ -455,6 +455,22 @@ def test_a_site_logs_what_the_privacy_of_its_clients_has_cost(recipe: Path, site
     assert 0 < sent[0]["epsilon"] < sent[1]["epsilon"]
 
 
+def test_a_site_adds_noise_of_its_own_and_tells_its_log_alone_what_that_cost(recipe: Path, sites: Sites) -> None:
+    own = ("privacy.mechanism=dp-sgd", "privacy.noise_multiplier=1", "aggregation.name=median", "rounds=2")
+    told: list[Header] = []
+
+    def listen(site: str, header: Header, reply: tuple[Header, bytes]) -> tuple[Header, bytes]:
+        told.extend(reply[0].get("results", ()) if header["do"] == "train" else ())
+        return reply
+
+    sites.after = listen
+    federate(load(recipe, *own), sites)
+    sent = [line for line in sites.folder_of("b").logged() if line["event"] == "sent"][-2:]
+    assert 0 < sent[0]["epsilon"] < sent[1]["epsilon"]
+    assert {(about["num_examples"], about["num_tokens"], about["loss"]) for about in told} == {(1, 0, 0.0)}
+    assert not any("epsilon" in about for about in told)
+
+
 def test_a_message_that_is_longer_than_the_site_allows_is_refused(recipe: Path, sites: Sites) -> None:
     sites.become("a", "small")
     with pytest.raises(RoundError, match="takes 1,000 at most"):

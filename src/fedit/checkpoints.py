@@ -32,6 +32,7 @@ def save_state(state: ServerState, folder: Path, keep: int = 2) -> None:
         "messages": state.messages,
         "ranks": dict(state.ranks),
         "clip_norm": state.clip_norm,
+        "epsilon": state.epsilon,
         "order": list(tensors),  # the file sorts its tensors, and sums over them in another order have other bits
     }
     write_tensors(folder / f"round-{state.round_index:05d}.safetensors", tensors, {"fedit": json.dumps(about)})
@@ -71,6 +72,7 @@ def load_state(folder: Path) -> ServerState | None:
         control,
         ranks=about.get("ranks", {}),
         clip_norm=about.get("clip_norm"),
+        epsilon=about.get("epsilon"),
     )
 
 

@@ -176,6 +176,8 @@ class ClientUpdate:
     """Clients that it stands for as well: it is the mean of all their updates, and its counts are their sums."""
     message: bytes | None = None
     """The compressed message that the update came in; None: it came as float32 tensors."""
+    epsilon: float | None = None
+    """What the client's privacy has cost it by now, where it adds the noise itself; it is not sent."""
 
 
 @dataclass(frozen=True, slots=True)

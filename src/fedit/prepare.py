@@ -17,6 +17,7 @@ from fedit.evaluation.heldout import with_reference_margins
 from fedit.interfaces import Adapter, ConfigError, DataError, EncodedExample, Example, derive_rng
 from fedit.memory import fit_memory
 from fedit.model import StackedModel
+from fedit.own_privacy import OwnPrivacy
 from fedit.partition import partition_statistics
 from fedit.privacy import Mechanism
 
@@ -72,10 +73,19 @@ def prepare_data(config: RunConfig) -> FederatedData:
     summary["never_sampled"] = never_sampled(config, sizes)
     if malicious:
         summary["malicious"] = malicious
-    if (mechanism := Mechanism.of(config, len(clients))) is not None:
-        summary["privacy"] = mechanism.statement("seeded, so that the simulation can be repeated: no protection itself")
+    if config.privacy is not None:
+        summary["privacy"] = _statement(config, sizes)
     summary["fingerprint"] = _fingerprint({**clients, "\x1ftest": test})
     return FederatedData(clients, test, summary, _probes(config, test, tokenizer))
+
+
+def _statement(config: RunConfig, sizes: Mapping[str, int]) -> dict[str, Any]:
+    """Return what the run promises its clients; where each adds its own noise, what it promises the worst of them."""
+    seeded = "seeded, so that the simulation can be repeated: no protection itself"
+    if (mechanism := Mechanism.of(config, len(sizes))) is not None:
+        return mechanism.statement(seeded)
+    own = [privacy for rows in set(sizes.values()) if (privacy := OwnPrivacy.of(config, rows)) is not None]
+    return max((privacy.statement(seeded) for privacy in own), key=lambda statement: statement["epsilon"])
 
 
 def prepare_site(config: RunConfig, called: Callable[[Sequence[str | None]], Sequence[str]]) -> FederatedData:

@@ -53,7 +53,7 @@ class Mechanism:
             ConfigError: the privacy that it asks for cannot be had.
         """
         privacy = run.privacy
-        if privacy is None:
+        if privacy is None or privacy.mechanism != "central":
             return None
         delta = num_clients**-1.1 if privacy.delta is None else privacy.delta
         if not 0 < delta < min(1.0, 1 / num_clients):

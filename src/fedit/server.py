@@ -55,6 +55,8 @@ class ServerState:
     """The last round's compressed message to the clients. It is not saved: who resumes sends the adapter whole."""
     clip_norm: float | None = None
     """Of the next round, where the clip norm adapts; None: as configured."""
+    epsilon: float | None = None
+    """The largest that clients' own noise has cost one of them so far"""
     ranks: Mapping[str, int] = field(default_factory=dict)
     """Of the clients that gave up some of the rank that they began with."""
 
@@ -144,7 +146,7 @@ def run_round(
     epsilon = None if mechanism is None else mechanism.spent(state.round_index + 1)
     tasks = _tasks(config, clients, state, {client: len(history[client]) for client in cohort}, epsilon)
     shared = config.aggregation.shared(state.round_index)
-    answers = _Answers(tasks, shared, config.objective.kept_rank)
+    answers = _Answers(tasks, shared, config.objective.kept_rank, epsilon=state.epsilon)
     min_updates = config.cohort.min_updates if mechanism is None else 0
     updates = answers.updates(engine.run(tasks) if tasks else iter(()), min_updates)
     clip_norm = next_clip_norm = None
@@ -178,7 +180,7 @@ def run_round(
         bytes_down=sum(download_size(config, state, task, history[task.client]) for task in tasks),
         tokens=answers.num_tokens,
         ranks=answers.ranks,
-        epsilon=epsilon,
+        epsilon=answers.epsilon if epsilon is None else epsilon,
         clip_norm=clip_norm,
         aggregation_s=aggregation_s,
     )
@@ -196,6 +198,7 @@ def run_round(
         control,
         step,
         next_clip_norm,
+        answers.epsilon,
         ranks,
     ), record
 
@@ -289,6 +292,8 @@ class _Answers:
     """Of the changes of the clients' control variates"""
     ranks: dict[str, int] = field(default_factory=dict)
     """Of the updates of a lower rank than was sent"""
+    epsilon: float | None = None
+    """The largest that clients' own noise has cost one of them, in earlier rounds too"""
     waited_s: float = 0.0
     """For the clients, while somebody asked for their updates"""
 
@@ -321,6 +326,8 @@ class _Answers:
                 self.ranks[task.client] = result.update.rank
             self.loss_sum += result.loss * result.num_tokens
             self.num_tokens += result.num_tokens
+            if result.epsilon is not None:
+                self.epsilon = max(result.epsilon, self.epsilon or 0.0)
             if result.control_step:
                 self.control_sum = _moved(self.control_sum, result.control_step, 1.0)
                 self.bytes_up += wire_size(result.control_step)

@@ -7,7 +7,7 @@ import socket
 import threading
 import time
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from multiprocessing.connection import Client
 from pathlib import Path
 
@@ -23,7 +23,10 @@ def served(path: Path, handle: Handle) -> Iterator[threading.Event]:
     stopped = threading.Event()
     thread = threading.Thread(target=serve, args=(path, handle, stopped))
     thread.start()
-    while thread.is_alive() and not path.exists():
+    while thread.is_alive():  # a socket is there a moment before anybody listens
+        with suppress(ChannelError):
+            call(path, {"do": "ping"})
+            break
         time.sleep(0.01)
     try:
         yield stopped

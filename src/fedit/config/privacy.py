@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Self
+from typing import TYPE_CHECKING, Literal, Self
 
 from pydantic import Field, model_validator
 
+from fedit.adapter import AMOUNTS
 from fedit.config.tables import Table
 from fedit.interfaces import ConfigError, did_you_mean
 
@@ -20,21 +21,23 @@ PRESETS = {
 
 
 class PrivacyConfig(Table):
-    """Client-level differential privacy (DP-FedAvg, 1710.06963): whatever a client holds changes what is learned by a
-    bounded amount, which noise hides. Each round adds up the updates of a Poisson-sampled cohort, each clipped to
-    `clip_norm`, with noise of `noise_multiplier` times that, and divides by the expected size of the cohort.
-    """
+    """Differential privacy: what somebody holds changes what is learned by a bounded amount, which noise hides."""
 
+    mechanism: Literal["central", "dp-sgd", "local"] = "central"
+    """Who is hidden, and by whom. central (DP-FedAvg, 1710.06963): a client with all its rows, by the server, which
+    adds noise to the sum of the clipped updates of a Poisson-sampled cohort and divides by the cohort's expected size.
+    dp-sgd: each row, by its client, in every local step. local: all rows of a client, by itself, on its update."""
     target_epsilon: float | None = Field(default=None, gt=0)
     """Of all rounds together: the noise follows from it. With a `noise_multiplier` it is a budget: the run ends before
-    the round that would exceed it."""
+    the round that would exceed it, or a client that adds its noise itself takes part no more."""
     noise_multiplier: float | None = Field(default=None, ge=0.3)
-    """Standard deviation of the noise on the sum, in clip norms; less than 0.3 promises nothing that is worth its name
-    (clipping alone is `[aggregation] name = "norm-clipping"`)."""
+    """Standard deviation of the noise on the sum (of updates, of a step's gradients) in clip norms; less than 0.3
+    promises nothing that is worth its name (clipping alone is `[aggregation] name = "norm-clipping"`)."""
     delta: float | None = Field(default=None, gt=0, lt=1)
-    """None: N^-1.1 for N clients."""
+    """None: N^-1.1 for N clients, with dp-sgd for the N rows of each client; to be given with local."""
     clip_norm: float = Field(default=1.0, gt=0)
-    """L2 bound of a client's whole update; with `clip_quantile`, that of the first round."""
+    """L2 bound of a client's whole update, with dp-sgd of a row's gradient; with `clip_quantile`, that of the first
+    round."""
     clip_quantile: float | None = Field(default=None, gt=0, lt=1)
     """Adaptive clipping (1905.03871): the bound follows this quantile of the updates' norms, estimated with noise."""
     clip_rate: float = Field(default=0.2, gt=0)
@@ -44,20 +47,53 @@ class PrivacyConfig(Table):
     def _some_noise(self) -> Self:
         if self.target_epsilon is None and self.noise_multiplier is None:
             raise ValueError("give target_epsilon, noise_multiplier, or both")
+        if self.mechanism != "central" and self.clip_quantile is not None:
+            raise ValueError('clip_quantile is for mechanism = "central": clients know nothing of the others\' norms')
+        if self.mechanism == "local" and self.delta is None:
+            raise ValueError('mechanism = "local" needs a delta')
         return self
 
     def check(self, run: RunConfig) -> None:
         """Raise ConfigError for what would void the guarantee."""
+        for reason, holds in (self._reasons_of_clients(run) | self._reasons_of_server(run)).items():
+            if holds:
+                raise ConfigError(f'[privacy] mechanism = "{self.mechanism}" cannot be had with {reason}.')
+
+    def _reasons_of_clients(self, run: RunConfig) -> dict[str, bool]:
+        """Return what nobody's privacy goes with, and whether it holds."""
+        weighting = getattr(run.aggregation, "weighting", "uniform")
+        own, by_row, objective = self.mechanism != "central", self.mechanism == "dp-sgd", run.objective
+        trained = set(run.aggregation.trained(0))
+        return {
+            f"[aggregation] weighting = {weighting!r}: a client's rows, tokens and steps are nobody's to know, and who "
+            'has more would count for more than the noise hides. Use weighting = "uniform"': (
+                weighting not in {"uniform", "norm"} or (weighting == "norm" and not own)
+            ),
+            f"[objective] name = {objective.name!r}: its clients send more than an update": (
+                objective.control_variates or bool(objective.shrinkage)
+            ),
+            "[client] local_epochs: the number of steps tells the number of rows. Use local_steps": (
+                own and run.client.local_steps is None
+            ),
+            f"[objective] name = {objective.name!r}: its rows come in pairs, or a second model is trained on them": (
+                by_row and (objective.preferences or objective.personal_pull is not None)
+            ),
+            f"[aggregation] name = {run.aggregation.name!r}: its clients have no gradients of rows": (
+                by_row and AMOUNTS in trained
+            ),
+        }
+
+    def _reasons_of_server(self, run: RunConfig) -> dict[str, bool]:
+        """Return what noise at the server does not go with, and whether it holds."""
+        if self.mechanism != "central":
+            return {}
         rule, cohort = run.aggregation, run.cohort
-        uniform = getattr(rule, "weighting", "uniform") == "uniform"
-        reasons = {
+        return {
             f'[cohort] sampling = "{cohort.sampling}": the guarantee counts on clients that are drawn by themselves, '
             'which nobody can foresee. Use sampling = "poisson"': cohort.sampling != "poisson",
             "[cohort] availability: who is online is nobody's random draw. Leave it out": cohort.availability != 1.0,
             f"[cohort] min_updates = {cohort.min_updates}: a run that ends for lack of clients tells how many there "
             "were. Leave it out": cohort.min_updates != 1,
-            f"[aggregation] weighting = {getattr(rule, 'weighting', '')!r}: a client with many rows would count for "
-            'more than the noise hides. Use weighting = "uniform"': not uniform,
             f"[aggregation] name = {rule.name!r}: it needs each client's update, and noise hides a sum. Use one of "
             "fedit, ffa-lora, rolora, fedsa-lora, fedsvd, fed-sb, tinylora": not run.sums_suffice,
             "[adapter] rank: ranks that differ. Use one": not isinstance(run.adapter.rank, int),
@@ -66,13 +102,7 @@ class PrivacyConfig(Table):
                 rule.sparse or rule.ranks_kept < 1
             ),
             "[engine] merge_clients: a mean of clients cannot be clipped client by client": run.engine.merge_clients,
-            f"[objective] name = {run.objective.name!r}: its clients send more than an update": (
-                run.objective.control_variates or bool(run.objective.shrinkage)
-            ),
-        }  # fmt: skip
-        for reason, holds in reasons.items():
-            if holds:
-                raise ConfigError(f"[privacy] cannot be had with {reason}.")
+        }
 
 
 def read_privacy(value: object) -> object:

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING
 
 from safetensors import SafetensorError, safe_open
 
-from fedit.files import folder_name, write_tensors
+from fedit.files import folder_name, write_atomically, write_tensors
 from fedit.interfaces import EngineError
 
 if TYPE_CHECKING:
@@ -62,6 +62,13 @@ class ClientStore:
         files = self._files(client)
         for old in [*files[: max(0, files.index(file) - 2)], *files[files.index(file) + 1 :]]:
             old.unlink()
+
+    def count(self, client: str) -> int:
+        """Return how often this was asked of a client, with this time, which is on the disk before it is told."""
+        file = self._client_folder(client) / "tunings"
+        number = (int(file.read_text(encoding="ascii")) if file.is_file() else 0) + 1
+        write_atomically(file, str(number).encode())
+        return number
 
     def _client_folder(self, client: str) -> Path:
         return self._folder / folder_name(client)

@@ -18,6 +18,7 @@ from fedit.interfaces import Adapter, EncodedExample, FeditError
 from fedit.memory import MemoryShortageError, memory_bytes
 from fedit.model import StackedModel
 from fedit.prepare import prepare_model, prepare_site
+from fedit.privacy import Draws
 
 
 @dataclass(frozen=True, eq=False)
@@ -66,7 +67,7 @@ def join_run(
             raise RefusalError(f"another {what}: SHA-256 {digest[:16]}... here, {expected[what][:16]}... at the server")
     data = started.with_margins(config, data)
     store = ClientStore(folder.state_of(run), described.digest())
-    engine = Simulation(config, started.model, data.clients, store, on_step)
+    engine = Simulation(config, started.model, data.clients, store, on_step, Draws(None))
     counts = folder.config.policy.counts and described.privacy is None
     answer = {
         "clients": {client: len(rows) if counts else 1 for client, rows in data.clients.items()},

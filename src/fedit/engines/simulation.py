@@ -24,6 +24,9 @@ from fedit.interfaces import (
 )
 from fedit.model import StackedModel
 from fedit.optimizer import Moments
+from fedit.own_privacy import OwnPrivacy
+from fedit.privacy import Draws, clip
+from fedit.private_stack import RowPrivacy
 from fedit.tuning import TuningResult, TuningTask, tune
 
 PRIVATE, OWN, CONTROL, ERROR = "private/", "own/", "control/", "error/"
@@ -43,7 +46,11 @@ class Simulation:
         clients: Mapping[str, Sequence[EncodedExample]],
         store: ClientStore,
         on_step: Callable[[int], None] = lambda num_tokens: None,
+        draws: Draws | None = None,
     ) -> None:
+        """Make the engine of a run; `draws` is where clients that add noise have it from, the run's seed by default."""
+        self._draws = Draws(derive_seed(config.seed, "privacy")) if draws is None else draws
+        self._privacy = {client: OwnPrivacy.of(config, len(rows)) for client, rows in clients.items()}
         self._config = config
         self._model = model
         self._clients = clients
@@ -58,6 +65,12 @@ class Simulation:
     def run(self, tasks: Sequence[ClientTask]) -> Iterator[ClientUpdate | ClientFailure]:
         """Yield the clients' results as their slots finish; who has most steps begins first, or would end alone."""
         round_index = tasks[0].round_index
+        tunings = {task.client: self._count(task) for task in tasks}
+        spent = [task.client for task in tasks if self._exhausted(task.client, tunings[task.client])]
+        yield from (ClientFailure(client, "its privacy budget is used up") for client in spent)
+        tasks = [task for task in tasks if task.client not in spent]
+        if not tasks:
+            return
         trained, shared = (f(round_index) for f in (self._config.aggregation.trained, self._config.aggregation.shared))
         private = [factor for factor in trained if factor not in shared]
         # A generator: a task, and with it what its client kept, comes into memory when a slot is free.
@@ -91,7 +104,21 @@ class Simulation:
             shared_one, *own = sorted(own_and_shared, key=lambda result: result.task.name.startswith(OWN_MODEL_OF))
             kept = {OWN + name: tensor for each in own for name, tensor in each.adapter.tensors.items()}
             kept |= {PRIVATE + name: tensor for name, tensor in shared_one.adapter.only(private).items()}
-            yield self._answer(round_index, shared_one, shared, controls[client], kept)
+            answer = self._answer(round_index, shared_one, shared, controls[client], kept)
+            privacy = self._privacy[client]
+            yield answer if privacy is None else replace(answer, epsilon=privacy.spent(tunings[client]))
+
+    def _count(self, task: ClientTask) -> int:
+        """Return how often a client has been tuned with this time, which is written down before it begins: noise that
+        cannot be repeated costs each time anew.
+        """
+        if self._privacy[task.client] is None:
+            return 0
+        return task.num_earlier + 1 if self._draws.repeatable else self._store.count(task.client)
+
+    def _exhausted(self, client: str, num_tunings: int) -> bool:
+        privacy = self._privacy[client]
+        return privacy is not None and privacy.exhausted(num_tunings - 1)
 
     def personal(self, adapter: Adapter, round_index: int) -> dict[str, Adapter]:
         """Return the own models of the clients that had them before a round: theirs whole, or the global one with
@@ -125,6 +152,7 @@ class Simulation:
             anchor=start.tensors if objective.pull else None,
             pull=objective.pull,
             correction=_minus(task.control, _named(kept, CONTROL)) if objective.control_variates else None,
+            privacy=self._row_privacy(task.client),
         )
         yield shared
         if objective.personal_pull is not None:
@@ -137,6 +165,12 @@ class Simulation:
                 anchor=task.adapter.tensors,
                 pull=objective.personal_pull,
             )
+
+    def _row_privacy(self, client: str) -> RowPrivacy | None:
+        own = self._privacy[client]
+        if own is None or own.mechanism != "dp-sgd":
+            return None
+        return RowPrivacy(own.clip_norm, own.noise_multiplier, own.share, self._draws, own.num_expected)
 
     def _answer(
         self,
@@ -164,6 +198,8 @@ class Simulation:
         if client in self._malicious and config.attack is not None:
             rng = derive_rng(config.seed, "attack", round_index, client)
             update = dict(config.attack.tamper(received.tensors, update, rng))
+        if (own := self._privacy[client]) is not None and own.mechanism == "local":
+            update = self._noisy(update, own, client, round_index)
         message = None
         if not codec.is_plain:
             errors = _named(earlier, ERROR)
@@ -182,6 +218,15 @@ class Simulation:
             control_step=control_step,
             message=message,
         )
+
+    def _noisy(self, update: Mapping[str, Tensor], own: OwnPrivacy, client: str, round_index: int) -> dict[str, Tensor]:
+        """Return an update that is clipped and hidden by noise."""
+        clipped, _ = clip(update, own.clip_norm)
+        size = own.noise_multiplier * own.clip_norm
+        for name, tensor in clipped.items():
+            noise = self._draws.normal(tuple(tensor.shape), client, round_index, name)
+            clipped[name] = (tensor + size * torch.from_numpy(noise)).to(update[name])
+        return clipped
 
 
 def _pruned(received: Adapter, tuned: Adapter, objective: Objective) -> tuple[Adapter, Adapter]:

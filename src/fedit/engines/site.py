@@ -311,7 +311,8 @@ class Worker:
         """Make an update ready to be fetched, with what the policy lets leave."""
         round_index = job.request["round"]
         header, message = pack_update(result, codec, round_index)
-        private = job.request.get("epsilon") is not None
+        private = self._joined is not None and self._joined.config.privacy is not None
+        epsilon = job.request.get("epsilon") if result.epsilon is None else result.epsilon
         if private or not self._policy.counts:
             header["num_examples"] = 1 + len(result.others)
         if private or not self._policy.losses:
@@ -319,7 +320,7 @@ class Worker:
         norm = sum(float(t.double().square().sum()) for t in result.update.tensors.values()) ** 0.5
         self._note(
             "sent", round=round_index, client=result.client, merged=len(result.others) or None, bytes=len(message),
-            norm=norm, sha256=sha256(message).hexdigest(), epsilon=job.request.get("epsilon"),
+            norm=norm, sha256=sha256(message).hexdigest(), epsilon=epsilon,
         )  # fmt: skip
         self._finish(job, header, message)
 
