@@ -114,7 +114,7 @@ class Mechanism:
         return {
             "epsilon": self.spent(self.num_affordable),
             "delta": self.delta,
-            "unit": "client: all rows of one client",
+            "unit": "all rows of a client",
             "adjacency": "one client added or removed",
             "sampling": f"Poisson, probability {self.share:g} a round",
             "rounds": self.num_affordable,

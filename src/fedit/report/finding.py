@@ -29,14 +29,17 @@ def state_finding(evaluation: Mapping[str, Any], rounds_done: int, rounds_planne
     return " ".join(sentence for sentence in sentences if sentence)
 
 
-def state_privacy(rounds: Sequence[Mapping[str, Any]], rounds_planned: int) -> str | None:
+def state_privacy(rounds: Sequence[Mapping[str, Any]], rounds_planned: int, *, is_private: bool) -> str | None:
     """Return what a run across real sites with privacy may tell; None: it is no such run."""
-    if not rounds or rounds[-1].get("epsilon") is None or any(line["cohort"] for line in rounds):
+    if not is_private or not rounds or any(line["cohort"] for line in rounds):
         return None
+    epsilon = rounds[-1].get("epsilon")
+    cost = "each client's log says what its privacy has cost"
+    if epsilon is not None:
+        cost = f"the clients' privacy has cost an epsilon of {number(epsilon)}"
     return (
-        f"After {len(rounds)} of {rounds_planned} rounds the clients' privacy has cost an epsilon of "
-        f"{number(rounds[-1]['epsilon'])}. Sites' losses are exact, so they are not asked for: evaluate the adapter on "
-        "rows of your own."
+        f"After {len(rounds)} of {rounds_planned} rounds {cost}. Sites' losses are exact, so they are not asked for: "
+        "evaluate the adapter on rows of your own."
     )
 
 

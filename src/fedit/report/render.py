@@ -52,7 +52,7 @@ def _sections(run: RunFolder) -> dict[str, Any]:
     return {
         "title": f"Federated instruction tuning of {_model_name(run)} on {_data_name(run)}",
         "recipe": run.config.get("recipe"),
-        "finding": state_privacy(run.rounds, planned)
+        "finding": state_privacy(run.rounds, planned, is_private=run.run.get("privacy") is not None)
         or state_sites(run.rounds, planned)
         or state_finding(run.evaluation, len(run.rounds), planned),
         "rounds_done": len(run.rounds),
@@ -158,7 +158,7 @@ def _participation(run: RunFolder) -> dict[str, Any]:
         "num_sampled": len(sampled),
         "num_tasks": sum(len(entry["cohort"]) for entry in run.rounds),
         "failures": failures,
-        "withheld": bool(run.rounds) and "privacy" in run.partition and not sampled,
+        "withheld": bool(run.rounds) and run.run.get("privacy") is not None and not sampled,
         "never_sampled": [client for client in run.partition.get("clients", {}) if client not in sampled],
     }
 
@@ -167,7 +167,9 @@ def _privacy(run: RunFolder) -> dict[str, Any] | None:
     """Return what the run promises its clients and what it has cost so far; None: it promises nothing."""
     statement = run.partition.get("privacy")
     spent = run.rounds[-1].get("epsilon") if run.rounds else 0.0
-    return None if statement is None else {"statement": statement, "spent": spent}
+    if statement is None:
+        return None
+    return {"statement": statement, "spent": spent}
 
 
 def _communication(run: RunFolder) -> dict[str, Any]:

@@ -77,7 +77,7 @@ def preflight_table(partition: Mapping[str, Any]) -> RenderableType:
 def privacy_line(statement: Mapping[str, Any]) -> Text:
     """Return what a run promises its clients."""
     return Text(
-        f"Privacy of each client: epsilon {statement['epsilon']:.2f}, delta {statement['delta']:.2g} after "
+        f"Privacy of {statement['unit']}: epsilon {statement['epsilon']:.2f}, delta {statement['delta']:.2g} after "
         f"{statement['rounds']:,} rounds; noise {statement['noise_multiplier']:.2f} clip norms, {statement['noise']}"
     )
 
