@@ -125,6 +125,8 @@ data = "rows.jsonl"
 # test_data = "test.jsonl"
 # Where the columns have other names than the run expects: columns = {{ instruction = "question", response = "answer" }}
 
+# Identifiers to replace in the rows, beside those that a run says: redact = ["EMAIL_ADDRESS", "PHONE_NUMBER"]
+
 # Where the base lies here; without it, the path or Hub name that the run says.
 # model = "/srv/models/base"
 device = "auto"

@@ -12,6 +12,7 @@ from fedit.base import context_length, load_base, load_tokenizer, resolve_device
 from fedit.cohort import check_clients, never_sampled
 from fedit.config import RunConfig
 from fedit.data import EncodingReport, encode_all, load_examples
+from fedit.data.cleaning import Cleaned, clean
 from fedit.evaluation.checks import passes
 from fedit.evaluation.heldout import with_reference_margins
 from fedit.interfaces import Adapter, ConfigError, DataError, EncodedExample, Example, derive_rng
@@ -48,10 +49,10 @@ def prepare_data(config: RunConfig) -> FederatedData:
         DataError, EngineError: the data, the model or the tokenizer cannot be used.
         ConfigError: the configuration asks for more than the data or the model have.
     """
-    train_examples, rows, train_report, test, test_report = _encoded(config)
+    cleaned, rows, train_report, test, test_report = _encoded(config)
     pairs = config.objective.preferences
     tokenizer = load_tokenizer(config.model.path)
-    named, left = ({example.client for example in examples} for examples in (train_examples, [r.example for r in rows]))
+    named, left = ({example.client for example in examples} for examples in (cleaned.train, [r.example for r in rows]))
     owners = config.partition.split([row.example for row in rows], derive_rng(config.seed, "partition"))
     clients = {client: [rows[index] for index in indices] for client, indices in owners.items()}
     malicious = [] if config.attack is None else config.attack.malicious(list(clients), config.seed)
@@ -68,6 +69,7 @@ def prepare_data(config: RunConfig) -> FederatedData:
     summary["test"] = {category: categories.count(category) for category in dict.fromkeys(categories)}
     if "all" in summary["test"]:
         raise DataError("A category is named 'all', which stands for the whole test set. Rename it in the data.")
+    summary["cleaning"] = cleaned.summary
     summary["encoding"] = {"train": _counts(train_report), "test": _counts(test_report)}
     summary["clients_without_rows"] = sorted(str(client) for client in named - left)
     summary["never_sampled"] = never_sampled(config, sizes)
@@ -95,17 +97,19 @@ def prepare_site(config: RunConfig, called: Callable[[Sequence[str | None]], Seq
     Raises:
         DataError, EngineError, ConfigError: as `prepare_data`.
     """
-    _, rows, _, test, _ = _encoded(config)
+    cleaned, rows, _, test, _ = _encoded(config)
     clients: dict[str | None, list[EncodedExample]] = {}
     for row in rows:
         clients.setdefault(row.example.client, []).append(row)
-    return FederatedData(dict(zip(called(list(clients)), clients.values(), strict=True)), test, {})
+    return FederatedData(
+        dict(zip(called(list(clients)), clients.values(), strict=True)), test, {"cleaning": cleaned.summary}
+    )
 
 
 def _encoded(
     config: RunConfig,
-) -> tuple[list[Example], list[EncodedExample], EncodingReport, list[EncodedExample], EncodingReport]:
-    """Return the training examples, those of them that can be used, encoded, and the held-out ones, with reports."""
+) -> tuple[Cleaned, list[EncodedExample], EncodingReport, list[EncodedExample], EncodingReport]:
+    """Return the cleaned examples, the training ones that can be used, encoded, and the held-out ones, with reports."""
     context = context_length(config.model.path)
     if context is not None and config.data.max_length > context:
         raise ConfigError(
@@ -113,12 +117,12 @@ def _encoded(
             f"{config.model.path!r}. Lower it: -o data.max_length={context}."
         )
     tokenizer = load_tokenizer(config.model.path)
-    train_examples, test_examples = load_examples(config.data, config.seed)
+    cleaned = clean(*load_examples(config.data, config.seed), config.data)
     pairs = config.objective.preferences
-    rows, train_report = encode_all(train_examples, config.data, tokenizer, pairs=pairs)
-    test, test_report = encode_all(test_examples, config.data, tokenizer, pairs=pairs)
+    rows, train_report = encode_all(cleaned.train, config.data, tokenizer, pairs=pairs)
+    test, test_report = encode_all(cleaned.test, config.data, tokenizer, pairs=pairs)
     _try_checks(test)
-    return train_examples, rows, train_report, test, test_report
+    return cleaned, rows, train_report, test, test_report
 
 
 def _poison(config: RunConfig, client: str, examples: Sequence[Example]) -> Sequence[Example] | None:

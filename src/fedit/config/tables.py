@@ -35,6 +35,10 @@ COLUMNS = ("instruction", "context", "response", "rejected", "category", "client
 """The columns a row can have; `[data] columns` maps foreign names to them."""
 
 
+IDENTIFIERS = ("EMAIL_ADDRESS", "PHONE_NUMBER", "CREDIT_CARD", "IBAN_CODE", "IP_ADDRESS", "US_SSN")
+"""What `redact = "identifiers"` stands for."""
+
+
 DType = Literal["auto", "float32", "bfloat16"]
 
 
@@ -127,8 +131,22 @@ class DataConfig(Table):
     template: Annotated[SerializeAsAny[Template], BeforeValidator(lambda value: read_plugin(Template, value))] = Field(
         default_factory=lambda: Template.resolve("alpaca")
     )
+    redact: tuple[str, ...] = ()
+    """Personal identifiers to replace by what they are, in all rows: names of Presidio's entities that are found by a
+    pattern (EMAIL_ADDRESS, PHONE_NUMBER, IBAN_CODE, ...), or ``"identifiers"`` for the usual ones."""
+    deduplicate: bool = False
+    """Leave out training rows that the same client has already. How many there are is reported in any case."""
     max_length: int = Field(default=512, ge=8)
     """Tokens of a row at most: a longer one loses the end of its context, and is dropped where that is not enough."""
+
+    @field_validator("redact", mode="before")
+    @classmethod
+    def _usual_identifiers(cls, value: object) -> object:
+        if value == "identifiers":
+            return IDENTIFIERS
+        if isinstance(value, str):
+            raise ValueError('expected "identifiers" or a list of names, e.g. ["EMAIL_ADDRESS"]')  # noqa: TRY004 (pydantic's)
+        return value
 
     @field_validator("columns")
     @classmethod

@@ -5,6 +5,7 @@ from __future__ import annotations
 import importlib.metadata
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 
@@ -32,6 +33,8 @@ class Joined:
     engine: Simulation
     initial: Adapter
     answer: Header
+    cleaning: Mapping[str, Any]
+    """What became of the rows; for the site's log alone"""
 
 
 class RefusalError(FeditError):
@@ -79,4 +82,6 @@ def join_run(
     }
     if counts:
         answer["held_out"] = len(data.test)
-    return Joined(config, started.model, data.clients, data.test, engine, started.initial, answer)
+    return Joined(
+        config, started.model, data.clients, data.test, engine, started.initial, answer, data.summary["cleaning"]
+    )

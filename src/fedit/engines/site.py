@@ -226,7 +226,10 @@ class Worker:
             if self._described == described:
                 self._joined, self._refused = joined, refused
             self._changed.notify_all()
-        self._note("joined" if joined else "refused", reason=refused, clients=joined and len(joined.clients))
+        if joined is None:
+            self._note("refused", reason=refused)
+        else:
+            self._note("joined", clients=len(joined.clients), rows=joined.cleaning)
 
     def _read_again(self) -> None:
         """What the operator changed in site.toml holds from the next run on."""

@@ -48,6 +48,8 @@ class SiteConfig(Table):
     """Held-out rows; without it `test_per_category` of the run's `[data]` are held out."""
     columns: dict[str, str] | None = None
     """As in a run's `[data]`, where this site's rows name them in another way than the run says"""
+    redact: tuple[str, ...] = ()
+    """Identifiers to replace in its rows, beside those that the run says; as in a run's `[data]`"""
     model: str | None = None
     """The folder of the base here; without it the path, or Hub name, that the run says"""
     device: str = "auto"
@@ -138,6 +140,7 @@ class SiteFolder:
         data["test_path"] = None if site.test_data is None else self._path(site.test_data)
         if site.columns is not None:
             data["columns"] = site.columns
+        data["redact"] = tuple(dict.fromkeys((*described.data.redact, *site.redact)))
         engine: dict[str, Any] = {"device": site.device}
         if site.memory_gb is not None:
             engine["memory_gb"] = site.memory_gb

@@ -14,6 +14,7 @@ from fedit.report import plots
 from fedit.report.finding import state_finding, state_privacy, state_sites
 from fedit.report.folder import RunFolder
 from fedit.report.samples import choose_samples
+from fedit.report.terminal import cleaning_lines
 
 MAX_LISTED = 20
 """Clients and failures listed in full; of more, the page gives the number and the first ones."""
@@ -67,6 +68,7 @@ def _sections(run: RunFolder) -> dict[str, Any]:
         "samples": choose_samples(run),
         "partition": run.partition,
         "participation": _participation(run),
+        "cleaning": [line.plain for line in cleaning_lines(run.partition.get("cleaning", {}))],
         "privacy": _privacy(run),
         "communication": _communication(run),
         "time": _time(run),

@@ -71,7 +71,26 @@ def preflight_table(partition: Mapping[str, Any]) -> RenderableType:
     )
     promised = [privacy_line(partition["privacy"])] if "privacy" in partition else []
     tables = [table, *([_encoding_table(encoding)] if encoding else [])]
-    return Group(*tables, *_first_dropped(encoding), *lost, sampling, *promised)
+    found = cleaning_lines(partition.get("cleaning", {}))
+    return Group(*tables, *found, *_first_dropped(encoding), *lost, sampling, *promised)
+
+
+def cleaning_lines(cleaning: Mapping[str, Any]) -> list[Text]:
+    """Return what was found in the rows that should not be there."""
+    lines = []
+    if redacted := cleaning.get("redacted"):
+        lines.append(f"Replaced: {', '.join(f'{number:,} {entity}' for entity, number in sorted(redacted.items()))}")
+    if again := cleaning.get("duplicates", 0):
+        done = "left out" if cleaning.get("deduplicated") else "kept; -o data.deduplicate=true leaves them out"
+        lines.append(f"Training rows that their client has twice: {again:,} ({done})")
+    alike = cleaning.get("near_duplicates", {"rows": 0, "first": []})
+    if alike["rows"]:
+        one, other, likeness = alike["first"][0]
+        lines.append(
+            f"Held-out rows with a near-copy among the training rows: {alike['rows']:,}, first {other} and {one} "
+            f"({percent(likeness)} of their runs of five words)"
+        )
+    return [Text(line, style="yellow") for line in lines]
 
 
 def privacy_line(statement: Mapping[str, Any]) -> Text:
