@@ -491,3 +491,27 @@ def test_a_run_across_sites_states_what_they_measured() -> None:
         "with 3.500."
     )
     assert state_sites([{"round": 1, "test_loss": 3.5}], 4) is None
+
+
+def test_privacy_has_a_section_and_a_real_run_with_it_tells_no_names(tmp_path: Path) -> None:
+    statement = {
+        "epsilon": 3.0, "delta": 0.01, "unit": "all rows of a client", "adjacency": "one client added or removed",
+        "sampling": "Poisson, probability 0.5 a round", "rounds": 2, "noise_multiplier": 1.2, "clip_norm": 0.5,
+        "clipping": "fixed", "trust": "the server sees single updates and adds the noise", "accountant": "a 1.0",
+        "noise": "the operating system's",
+    }  # fmt: skip
+    withheld = {
+        "cohort": [], "failures": {}, "train_loss": None, "test_loss": None, "update_norm": 0.0,
+        "aggregation_loss": None,
+        "bytes_up": 0, "bytes_down": 0, "tokens": 0, "ranks": {}, "clip_norm": 0.5,
+    }  # fmt: skip
+    (tmp_path / "config.json").write_text(json.dumps({"config": {"rounds": 2, "privacy": {"target_epsilon": 3.0}}}))
+    clients = {"north": {"rows": 1, "categories": {}}, "south": {"rows": 1, "categories": {}}}
+    (tmp_path / "partition.json").write_text(json.dumps({"clients": clients, "privacy": statement}))
+    lines = [{"round": number, "epsilon": 1.5 * number, **withheld} for number in (1, 2)]
+    (tmp_path / "rounds.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
+    page = write_report(tmp_path).read_text()
+    assert "(3.000, 0.01)-differential privacy hides all rows of a client" in page
+    assert "Who took part, training losses and counts are withheld." in page
+    assert "Who took part is withheld, of 2 clients." in page
+    assert "privacy has cost an epsilon of 3.000" in page

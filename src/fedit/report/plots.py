@@ -80,6 +80,24 @@ def loss_figure(rounds: Sequence[Mapping[str, Any]], evaluation: Mapping[str, An
         return inline_svg(figure, "loss", "Training and held-out loss of the federated model over the rounds")
 
 
+def privacy_figure(rounds: Sequence[Mapping[str, Any]]) -> Markup | None:
+    """What each bit of epsilon bought: the losses over what the rounds had spent by then."""
+    spent = [entry for entry in rounds if entry.get("epsilon") is not None]
+    if not any(entry.get(key) is not None for entry in spent for key in ("train_loss", "test_loss")):
+        return None
+    with drawing():
+        figure = Figure(figsize=(WIDTH, 3.1))
+        axes = figure.add_subplot()
+        _line(axes, spent, "train_loss", "epsilon", label="Federated, training", linewidth=1, alpha=0.5)
+        _line(axes, spent, "test_loss", "epsilon", label="Federated, held-out", linewidth=1.8)
+        axes.set_xlim(0, None)
+        axes.set_xlabel("Epsilon spent")
+        axes.set_ylabel("Loss per response token (nats)")
+        axes.grid(axis="y")
+        _legend(figure, axes, columns=2)
+        return inline_svg(figure, "privacy", "Training and held-out loss over the epsilon spent")
+
+
 def aggregation_figure(rounds: Sequence[Mapping[str, Any]]) -> Markup | None:
     """What the aggregation rule lost in each round; None: it lost nothing but rounding errors."""
     largest = max((entry.get("aggregation_loss") or 0 for entry in rounds), default=0)
@@ -212,8 +230,8 @@ def _finite(value: float | None) -> float:
     return np.nan if value is None else value
 
 
-def _line(axes: Axes, rounds: Sequence[Mapping[str, Any]], key: str, **style: Any) -> None:
-    points = [(entry["round"], entry[key]) for entry in rounds if entry.get(key) is not None]
+def _line(axes: Axes, rounds: Sequence[Mapping[str, Any]], key: str, over: str = "round", **style: Any) -> None:
+    points = [(entry[over], entry[key]) for entry in rounds if entry.get(key) is not None]
     marker = "o" if len(points) <= MAX_NAMED_CLIENTS else ""
     if points:
         axes.plot(*zip(*points, strict=True), color=COLOURS["federated"], marker=marker, markersize=3, **style)

@@ -93,6 +93,7 @@ def _plots(run: RunFolder) -> dict[str, Any]:
         "clients": plots.clients_figure(run.evaluation),
         "partition": plots.partition_figure(run.partition),
         "aggregation": plots.aggregation_figure(run.rounds),
+        "privacy": plots.privacy_figure(run.rounds),
     }
 
 
