@@ -23,6 +23,7 @@ from fedit.experiment import Notify, PhaseStarted, Progressed, RoundFinished, Wa
 from fedit.export import save_adapter
 from fedit.files import append_line, keep_lines, write_json, write_secret
 from fedit.interfaces import EngineError, FeditError
+from fedit.own_privacy import OwnPrivacy
 from fedit.prepare import PreparedModel, prepare_model
 from fedit.privacy import Mechanism
 from fedit.report import RunFolder, write_report
@@ -111,8 +112,11 @@ def _run(
         write_json(folder / "config.json", described)
         write_json(server / LAST_RUN, {"folder": str(folder.absolute())})
         holdings = {client: {"rows": rows, "categories": {}} for client, rows in clients.items()}
-        privacy = {} if mechanism is None else {"privacy": mechanism.statement("the operating system's")}
-        write_json(folder / "partition.json", {"run": before["run"], "clients": holdings, **privacy})
+        privacy = OwnPrivacy.announcement(config)
+        if mechanism is not None:
+            privacy = mechanism.statement("the operating system's")
+        told = {} if privacy is None else {"privacy": privacy}
+        write_json(folder / "partition.json", {"run": before["run"], "clients": holdings, **told})
     state = load_state(folder / "checkpoints") or ServerState(0, prepared.initial)
     if mechanism is not None and resumed:
         _check_account(folder, mechanism, state.round_index)

@@ -1,7 +1,8 @@
 """Privacy that a client gives itself, so that it has to trust nobody: noise in every local step, or on its update.
 
 ``dp-sgd`` (1607.00133) hides each row: a step draws every row by itself with probability q = batch_size / n, clips its
-gradient to C and adds noise of z C to the sum. Neighbours differ by one row that is there or not.
+gradient to C and adds noise of z C to the sum. Neighbours differ by one row that is there or not; how many rows a
+client has is taken to be public, since q, the noise and what is left of a budget follow from it.
 
 ``local`` hides all that the client holds: its update is clipped to C, and noise of z C added. Neighbours are any two
 sets of rows, which move the update by 2 C at most, so that z counts half.
@@ -12,12 +13,17 @@ was tuned: by Renyi divergences, which are an upper bound and fast where there a
 
 from __future__ import annotations
 
+import bisect
 from dataclasses import dataclass
 from typing import Any
 
 from fedit.accounting import accountant, noise_for, spent_epsilon
 from fedit.config import RunConfig
 from fedit.interfaces import ConfigError
+
+BY_ROW = "one row added or removed, how many there are being public"
+USED_UP = "its privacy budget is used up"
+"""Why a client returns nothing any more"""
 
 
 @dataclass(frozen=True)
@@ -70,6 +76,28 @@ class OwnPrivacy:
             )
         return made
 
+    @staticmethod
+    def announcement(run: RunConfig) -> dict[str, Any] | None:
+        """Return what a real run says of privacy that its clients give themselves; None: they give none."""
+        privacy = run.privacy
+        if privacy is None or privacy.mechanism == "central":
+            return None
+        is_by_row = privacy.mechanism == "dp-sgd"
+        return {
+            "epsilon": privacy.target_epsilon,
+            "delta": privacy.delta,
+            "unit": "one row of a client" if is_by_row else "all rows of a client",
+            "adjacency": "as each client's log says",
+            "sampling": "of rows, at each client" if is_by_row else "none is counted on",
+            "rounds": run.rounds,
+            "noise_multiplier": privacy.noise_multiplier,
+            "clip_norm": privacy.clip_norm,
+            "clipping": "fixed, of each row's gradient" if is_by_row else "fixed, of the whole update",
+            "trust": "nobody: the client adds the noise",
+            "accountant": accountant(tight=False),
+            "noise": "the operating system's, at each client",
+        }
+
     @property
     def num_expected(self) -> float:
         """Q n: the rows of a step."""
@@ -86,13 +114,15 @@ class OwnPrivacy:
 
     def statement(self, noise: str) -> dict[str, Any]:
         """Return what is promised to this client; `noise` says where the noise is from."""
-        affordable = next((n for n in range(self.num_tunings) if self.exhausted(n)), self.num_tunings)
+        affordable = self.num_tunings
+        if self.exhausted(affordable - 1):
+            affordable = bisect.bisect_left(range(affordable), True, key=self.exhausted)
         is_by_row = self.mechanism == "dp-sgd"
         return {
             "epsilon": self.spent(affordable),
             "delta": self.delta,
             "unit": "one row of a client" if is_by_row else "all rows of a client",
-            "adjacency": "one row added or removed" if is_by_row else "the client's rows replaced by any others",
+            "adjacency": BY_ROW if is_by_row else "the client's rows replaced by any others",
             "sampling": f"Poisson, probability {self.share:.3g} a step" if is_by_row else "none is counted on",
             "rounds": affordable,
             "noise_multiplier": self.noise_multiplier,

@@ -50,6 +50,8 @@ class PrivateStack:
         """Rows whose gradients are kept at a time"""
         model.collect_by_row(self.max_rows, trained if isinstance(inner, StackedModel) else ("lora_B",))
         self._sums = torch.zeros_like(inner.parameters)
+        self._is_there = torch.zeros_like(inner.parameters)
+        """1 where a slot's adapter has a number, 0 where a larger rank would have one"""
         self._clip_norms = inner.parameters.new_full((inner.num_slots, 1), math.inf)
         self._privacy: dict[int, tuple[RowPrivacy, str]] = {}
         self._steps: dict[int, int] = {}
@@ -82,25 +84,33 @@ class PrivateStack:
         """Bring the layers up to date with `parameters`."""
         self._inner.parameters_changed(slots)
 
-    def start(self, slot: int, privacy: RowPrivacy, client: str, first_step: int) -> None:
-        """Let a slot train for a client, from its step `first_step` on."""
+    def start(self, slot: int, privacy: RowPrivacy, client: str, first_step: int, adapter: Adapter) -> None:
+        """Let a slot train `adapter` for a client, from its step `first_step` on."""
         self._privacy[slot], self._steps[slot] = (privacy, client), first_step
         self._clip_norms[slot] = privacy.clip_norm
+        ones = {name: torch.ones_like(tensor) for name, tensor in adapter.tensors.items()}
+        self._is_there[slot] = self._inner.flat(ones, adapter.rank)
+
+    def begin_step(self, slots: Collection[int]) -> None:
+        """Forget what was added for `slots`: a step that did not fit the memory is done again from its start."""
+        self._sums[list(slots)] = 0
 
     @torch.no_grad()
     def add_rows(self, slots: Sequence[int]) -> None:
         """Add the clipped gradients of the rows of the last pass to those of their `slots`."""
         rows = slice(0, len(slots))
-        gradients = self._inner.take_gradients(rows)[:, self._columns]
+        taken = self._inner.take_gradients(rows)
+        gradients = taken[:, self._columns]
         of_row = torch.as_tensor(slots, device=gradients.device)
         norms = gradients.norm(dim=1, keepdim=True)
+        # A row whose gradient is not finite counts for nothing: that its client failed would tell of this one row.
+        gradients = torch.where(norms.isfinite(), gradients, 0.0)
         factors = (self._clip_norms[of_row] / norms).clamp(max=1.0)
-        # A gradient that is not finite stays so, and fails its client; one of zero has no direction to keep.
-        factors = torch.where(norms == 0, torch.zeros_like(factors), factors)
+        factors = torch.where(norms.isfinite() & (norms > 0), factors, 0.0)
         chosen = torch.zeros(self.num_slots, len(slots), dtype=gradients.dtype, device=gradients.device)
         chosen[of_row, torch.arange(len(slots), device=of_row.device)] = factors[:, 0]
         self._sums[:, self._columns] += chosen @ gradients
-        gradients.zero_()
+        taken.zero_()
 
     def take_gradients(self, slots: slice = slice(None)) -> Tensor:
         """Return the noisy means [S, d] of the clipped gradients, to be set to zero once used."""
@@ -108,7 +118,8 @@ class PrivateStack:
             privacy, client = self._privacy[slot]
             sums = self._sums[slot, self._columns]
             noise = privacy.draws.normal((len(sums),), client, self._steps[slot])
-            sums += torch.from_numpy(noise).to(sums) * (privacy.noise_multiplier * privacy.clip_norm)
+            size = privacy.noise_multiplier * privacy.clip_norm
+            sums += size * torch.from_numpy(noise).to(sums) * self._is_there[slot, self._columns]
             sums /= privacy.num_expected
             self._steps[slot] += 1
         return self._sums[slots]

@@ -29,6 +29,7 @@ from fedit.interfaces import (
     derive_rng,
 )
 from fedit.lowrank import LowRank
+from fedit.own_privacy import USED_UP
 from fedit.privacy import Mechanism, Noise, system_noise
 from fedit.wire import side_tensors, wire_size
 
@@ -127,9 +128,17 @@ def train(
             log.warning("no round after %d: epsilon is %.2f, and another would exceed [privacy] target_epsilon = %g",
                         state.round_index, spent, mechanism.config.target_epsilon)  # fmt: skip
             break
-        state, record = run_round(config, engine, state, noise(state.round_index))
+        try:
+            state, record = run_round(config, engine, state, noise(state.round_index))
+        except BudgetUsedError as error:
+            log.warning("%s", error)
+            break
         finish_round(state, record)
     return state
+
+
+class BudgetUsedError(RoundError):
+    """Every client that was asked has used up its privacy budget: the run ends with what it has."""
 
 
 def run_round(
@@ -336,6 +345,8 @@ class _Answers:
             yield result
             asked = time.perf_counter()
         self.waited_s += time.perf_counter() - asked
+        if self.failures and not num_usable and set(self.failures.values()) == {USED_UP}:
+            raise BudgetUsedError(f"no round after {self.tasks[0].round_index}: of every client, {USED_UP}")
         if num_usable < min_updates:
             reasons = "; ".join(f"{client}: {reason}" for client, reason in self.failures.items())
             raise RoundError(

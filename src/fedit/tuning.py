@@ -177,7 +177,7 @@ def _begin(slot: _Slot, stack: Stack, optimizer: StackedOptimizer, objective: Ob
         optimizer.correct(slot.index, stack.flat(task.correction, task.adapter.rank))
     if isinstance(stack, PrivateStack):
         assert task.privacy is not None
-        stack.start(slot.index, task.privacy, task.name, task.first_step)
+        stack.start(slot.index, task.privacy, task.name, task.first_step, task.adapter)
     if objective.shrinkage:
         optimizer.shrink(slot.index, objective.kept_rank(task.adapter.rank), objective.shrinkage)
 
@@ -258,8 +258,11 @@ def _backpropagate_responses(model: StackedModel, rows: _Rows) -> dict[int, floa
 
 
 def _backpropagate_rows(model: StackedModel, stack: PrivateStack, rows: _Rows) -> dict[int, float]:
-    """Add each row's clipped gradient of its mean loss per response token; return the means of these losses."""
+    """Add each row's clipped gradient of its mean loss per response token; return the means of these losses, of those
+    that are finite.
+    """
     losses = np.zeros(len(rows.examples))
+    stack.begin_step(set(rows.slots))
     for start in range(0, len(losses), stack.max_rows):
         few = slice(start, start + stack.max_rows)
         examples, slots = rows.examples[few], rows.slots[few]
@@ -273,7 +276,8 @@ def _backpropagate_rows(model: StackedModel, stack: PrivateStack, rows: _Rows) -
             losses[few] += sums.double().cpu().numpy()
         stack.add_rows(slots)
     counts = Counter(rows.slots)
-    return {slot: loss / counts[slot] for slot, loss in _sum_by_slot(rows.slots, losses).items()}
+    sums = _sum_by_slot(rows.slots, np.nan_to_num(losses, nan=0.0, posinf=0.0, neginf=0.0))
+    return {slot: loss / counts[slot] for slot, loss in sums.items()}
 
 
 def _weights_of_means(rows: _Rows) -> np.ndarray:

@@ -173,14 +173,67 @@ def test_the_noise_of_every_step_is_of_the_promised_size_and_its_own(tiny_model_
     assert np.abs(correlation - np.eye(3)).max() < 0.02
 
 
-def test_rows_are_drawn_one_by_one() -> None:
+def test_rows_are_drawn_one_by_one(tiny_model_folder: Path) -> None:
     """Each by itself with its probability: sizes of batches vary as a binomial does."""
-    task_rows = make_examples(0, 50)
-    privacy = RowPrivacy(1.0, 1.0, 0.2, Draws(1), 10.0)
-    task = TuningTask("c", task_rows, Adapter({}, 1, 1.0), 0, 1, 1, 0, 0, privacy=privacy)
-    sizes = [len(rows_of_step(task, step)) for step in range(400)]
-    assert np.mean(sizes) == pytest.approx(10, abs=0.5)
-    assert np.var(sizes) == pytest.approx(8, rel=0.25)
+    model = load(tiny_model_folder, AdapterConfig(rank=1, alpha=1))
+    rows = [replace(make_examples(0, 1)[0]) for _ in range(20)]
+    task = TuningTask(
+        "c", rows, random_adapter(model, 1, 1), 0, 200, 200, 0, privacy=RowPrivacy(1, 0, 0.2, Draws(1), 4)
+    )
+    tokens: list[int] = []
+    (result,) = tune(model, [task], CONFIG, 1, tokens.append)
+    sizes = np.asarray(tokens) / len(rows[0])
+    assert result.num_tokens == sum(tokens)
+    assert np.mean(sizes) == pytest.approx(4, abs=0.5)
+    assert np.var(sizes) == pytest.approx(3.2, rel=0.3)
+
+
+def test_a_step_that_did_not_fit_the_memory_is_done_again_and_not_twice(
+    tiny_model_folder: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("fedit.private_stack.MOST_ROWS", 5)
+    model = load(tiny_model_folder, AdapterConfig(rank=4, alpha=8), torch.float64)
+    task = make_task(model, 1, 12, 4, RowPrivacy(0.05, 0.0, 1.0, Draws(7), 12.0))
+    (whole,) = tune(model, [task], CONFIG, 1)
+    token_losses, calls = model.token_losses, []
+
+    def fail_once(*arguments: object) -> tuple[Tensor, Tensor]:
+        calls.append(arguments)
+        if len(calls) == 2:  # the second five rows of the first step
+            raise torch.OutOfMemoryError("made up")
+        return token_losses(*arguments)  # type: ignore[arg-type]
+
+    monkeypatch.setattr(model, "token_losses", fail_once)
+    (again,) = tune(model, [task], CONFIG, 1)
+    assert len(calls) > 2
+    assert relative_error(again.adapter.tensors, whole.adapter.tensors, task.adapter.tensors) < 1e-9
+
+
+def test_a_row_whose_gradient_is_not_finite_counts_for_nothing_and_nobody_fails(tiny_model_folder: Path) -> None:
+    """That a client failed would tell of the row."""
+    model = load(tiny_model_folder, AdapterConfig(rank=4, alpha=8), torch.float64)
+    broken = make_task(model, 1, 6, 4, RowPrivacy(0.05, 0.0, 1.0, Draws(7), 6.0))
+    tensors = {n: torch.full_like(t.double(), 1e200) if "lora_B" in n else t for n, t in broken.adapter.tensors.items()}
+    broken = replace(broken, adapter=broken.adapter.with_tensors(tensors))
+    healthy = make_task(model, 2, 6, 4, RowPrivacy(0.05, 0.0, 1.0, Draws(7), 6.0))
+    (alone,) = tune(model, [healthy], CONFIG, 1)
+    results = {result.task.name: result for result in tune(model, [broken, healthy], CONFIG, 2)}
+    assert [result.failure for result in results.values()] == [None, None]
+    assert np.isfinite(results["client1"].loss)
+    for name, tensor in tensors.items():
+        assert torch.equal(results["client1"].adapter.tensors[name], tensor.double())
+    assert relative_error(results["client2"].adapter.tensors, alone.adapter.tensors, healthy.adapter.tensors) < 1e-9
+
+
+def test_noise_stays_within_a_smaller_rank(tiny_model_folder: Path) -> None:
+    model = load(tiny_model_folder, AdapterConfig(rank=6, alpha=12))
+    task = make_task(model, 1, 6, 2, privacy_of(6, noise=1.0))
+    (result,) = tune(model, [task], CONFIG, 1)
+    assert result.failure is None
+    for _, (a, b) in model.views(model.parameters):
+        assert not a[0, 2:].any()
+        assert not b[0, :, 2:].any()
+        assert a[0, :2].any()
 
 
 def test_a_task_is_the_same_in_any_slot_and_company(tiny_model_folder: Path) -> None:

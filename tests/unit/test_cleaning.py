@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import json
+import os
 import re
-import socket
+import subprocess
 import sys
 from collections import Counter
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -40,6 +42,8 @@ def redact():
         ("IBAN DE89 3704 0044 0532 0130 00", "IBAN <IBAN_CODE>"),
         ("at 192.168.10.4 and 2001:db8::ff00:42:8329", "at <IP_ADDRESS> and <IP_ADDRESS>"),
         ("SSN 536-90-4399", "SSN <US_SSN>"),
+        ("from dead:beef:cafe::abcd now", "from <IP_ADDRESS> now"),
+        ("ring +49 171 23 4567 89 now", "ring <PHONE_NUMBER> now"),
         ("a@b.com and c@d.org", "<EMAIL_ADDRESS> and <EMAIL_ADDRESS>"),
         ("The 3 hens lay 12 eggs in 2023, 4.5 a day.", "The 3 hens lay 12 eggs in 2023, 4.5 a day."),
         ("Card 4111 1111 1111 1112 has a wrong checksum", "Card 4111 1111 1111 1112 has a wrong checksum"),
@@ -66,20 +70,54 @@ def test_every_part_of_a_row_is_redacted_and_counted() -> None:
     assert cleaned.summary["redacted"] == {"EMAIL_ADDRESS": 5, "PHONE_NUMBER": 1, "IP_ADDRESS": 1}
 
 
-def test_no_list_is_fetched_from_the_internet(monkeypatch: pytest.MonkeyPatch) -> None:
-    def refuse(*_: object, **__: object) -> None:
-        raise AssertionError("a connection")
+FRESH = """
+import socket, sys
+from collections import Counter
 
-    monkeypatch.setattr(socket.socket, "connect", refuse)
-    monkeypatch.setattr(socket, "getaddrinfo", refuse)
-    assert redactor(["EMAIL_ADDRESS"], Counter())("x@example.co.uk") == "<EMAIL_ADDRESS>"
+def refuse(*_, **__):
+    print("a connection")
+    raise OSError
+
+socket.socket.connect = socket.getaddrinfo = refuse
+from fedit.data.cleaning import redactor
+print(redactor(["EMAIL_ADDRESS"], Counter())("x@example.co.uk"))
+"""
+
+
+def test_no_list_is_fetched_from_the_internet(tmp_path: Path) -> None:
+    """By a process that has none yet, in memory or on disk."""
+    environment = {**os.environ, "TLDEXTRACT_CACHE": str(tmp_path), "HOME": str(tmp_path)}
+    done = subprocess.run([sys.executable, "-c", FRESH], capture_output=True, text=True, check=True, env=environment)
+    assert done.stdout == "<EMAIL_ADDRESS>\n"
+
+
+def test_held_out_rows_with_checks_are_redacted_and_compared() -> None:
+    text = "please write to a@b.com about the seven hens of the farm and the eggs that they lay in the barn each week"
+    row = replace(example(text), checks={"contains": ["a@b.com"], "count": 3})
+    cleaned = clean([example(text + " now")], [row], DataConfig(redact=IDENTIFIERS))
+    assert cleaned.test[0].checks == {"contains": ["<EMAIL_ADDRESS>"], "count": 3}
+    assert cleaned.summary["near_duplicates"]["rows"] == 1
+
+
+def test_a_training_row_that_differed_by_an_identifier_alone_is_left_out() -> None:
+    rows = [example("mail a@b.com"), example("another")]
+    cleaned = clean(rows, [example("mail c@d.com")], DataConfig(redact=IDENTIFIERS))
+    assert [row.source for row in cleaned.train] == ["another"]
+
+
+def test_what_many_rows_begin_with_is_no_copy_and_costs_no_comparison() -> None:
+    preamble = "you are a helpful assistant that answers every question of the user in one short sentence " * 3
+    test = [example(f"{preamble} question number {number}") for number in range(60)]
+    assert near_duplicates([example(f"{preamble} something else entirely this time")], test) == []
+    assert len(near_duplicates([example(f"{preamble} question number 7")], test)) == 1
 
 
 def test_what_no_pattern_finds_and_a_missing_library_are_said(monkeypatch: pytest.MonkeyPatch) -> None:
     with pytest.raises(ConfigError, match=r"'EMAIL_ADRESS' is nothing .* Did you mean 'EMAIL_"):
         redactor(["EMAIL_ADRESS"], Counter())
-    with pytest.raises(ConfigError, match="'PERSON' is nothing"):
-        redactor(["PERSON"], Counter())
+    for unsure in ("PERSON", "US_PASSPORT", "US_BANK_NUMBER"):
+        with pytest.raises(ConfigError, match=f"'{unsure}' is nothing"):
+            redactor([unsure], Counter())
     with pytest.raises(ConfigError, match='expected "identifiers" or a list of names'):
         parse_config({"data": {"redact": "emails"}})
     assert parse_config({"data": {"redact": "identifiers"}}).data.redact == IDENTIFIERS

@@ -166,6 +166,15 @@ def test_a_client_whose_budget_is_used_up_takes_part_no_more(model: StackedModel
     assert records[-1].epsilon == few.spent(2)
 
 
+def test_a_run_ends_with_what_it_has_once_all_budgets_are_used_up(model: StackedModel, tmp_path: Path) -> None:
+    few, many = (own(config(BY_ROW), rows) for rows in (5, 20))
+    budget = many.spent(8) * 1.001
+    assert few.spent(1) < budget < few.spent(8)
+    _, records = simulate(config({**BY_ROW, "target_epsilon": budget}, rounds=12), model, tmp_path)
+    assert len(records) == 8, "and no error"
+    assert list(records[-1].failures) == ["few"]
+
+
 def test_noise_that_cannot_be_repeated_is_paid_for_each_time(model: StackedModel, tmp_path: Path) -> None:
     """A round that is asked for again costs again, also of a site that was restarted meanwhile."""
     run, adapter = config(BY_ROW), model.fresh_adapter(derive_rng(0, "adapter"))
@@ -204,6 +213,7 @@ def test_the_last_of_a_budget_is_written_down_before_it_is_used(model: StackedMo
         (BY_ROW, {"aggregation": {"name": "fedit"}}, 'Use weighting = "uniform"'),
         (BY_ROW, {"objective": "dpo"}, "its rows come in pairs"),
         (BY_ROW, {"objective": "ditto"}, "a second model is trained"),
+        (BY_ROW, {"adapter": {"rank": 4, "alpha": 8, "dropout": 0.1}}, "dropout"),
         (
             BY_ROW,
             {

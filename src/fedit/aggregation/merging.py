@@ -44,6 +44,7 @@ class Merged:
             num_examples=before.num_examples + result.num_examples,
             num_tokens=num_tokens,
             num_steps=before.num_steps + result.num_steps,
+            epsilon=max(filter(None, (before.epsilon, result.epsilon)), default=None),
             loss=(before.loss * before.num_tokens + result.loss * result.num_tokens) / max(1, num_tokens),
         )
 

@@ -78,6 +78,9 @@ class PrivacyConfig(Table):
             f"[objective] name = {objective.name!r}: its rows come in pairs, or a second model is trained on them": (
                 by_row and (objective.preferences or objective.personal_pull is not None)
             ),
+            "[adapter] dropout: what it drops of a row follows from the rows before it. Use 0": (
+                by_row and run.adapter.dropout > 0
+            ),
             f"[aggregation] name = {run.aggregation.name!r}: its clients have no gradients of rows": (
                 by_row and AMOUNTS in trained
             ),

@@ -23,6 +23,8 @@ SHINGLE = 5
 """Words of the runs that near-copies share"""
 ALIKE = 0.8
 """The share of two texts' runs of words (Jaccard) from which they are near-copies"""
+FEW = 50
+"""Held-out rows that may share a run of words for it to be one that tells"""
 SHOWN = 5
 
 
@@ -48,6 +50,8 @@ def clean(train: Sequence[Example], test: Sequence[Example], config: DataConfig)
     if config.redact:
         redact = redactor(config.redact, redacted)
         train, test = ([_redacted(example, redact) for example in examples] for examples in (train, test))
+        held_out = {example.turns for example in test}  # what differed by identifiers alone may be the same now
+        train = [example for example in train if example.turns not in held_out]
     seen: set[Any] = set()
     first, again = list[Example](), 0
     for example in train:
@@ -62,7 +66,7 @@ def clean(train: Sequence[Example], test: Sequence[Example], config: DataConfig)
         "duplicates": again,
         "deduplicated": config.deduplicate,
         "near_duplicates": {
-            "rows": len({held_out for _, held_out, _ in pairs}),
+            "rows": len({id(held_out) for _, held_out, _ in pairs}),
             "first": [(one.source, held_out.source, round(alike, 2)) for one, held_out, alike in pairs[:SHOWN]],
         },
     }
@@ -87,18 +91,20 @@ def redactor(entities: Iterable[str], found: Counter[str]) -> Callable[[str], st
     wanted = list(dict.fromkeys(entities))
 
     def redact(text: str) -> str:
-        if not re.search(r"[\d@.]", text):  # no identifier does without
+        if not re.search(r"[\d@.:]", text):  # no identifier does without
             return text
         spans: list[tuple[float, int, int, str]] = []
         for entity in wanted:
             for recognizer in by_entity[entity]:
                 results = recognizer.analyze(text, [entity], None) or ()
                 spans += [(-r.score, r.start, r.end, entity) for r in results if r.score >= SCORE]
-        taken: list[tuple[int, int, str]] = []
-        for _, start, end, entity in sorted(spans, key=lambda span: (span[0], span[1] - span[2], span[1])):
-            if all(end <= other_start or start >= other_end for other_start, other_end, _ in taken):
-                taken.append((start, end, entity))
-        for start, end, entity in sorted(taken, reverse=True):
+        whole: list[tuple[int, int, str]] = []
+        for _, start, end, entity in sorted(spans, key=lambda span: (span[1] - span[2], span[0])):  # longest first
+            meets = [other for other in whole if start < other[1] and other[0] < end]
+            label = meets[0][2] if meets else entity
+            whole = [other for other in whole if other not in meets]
+            whole.append((min([start, *(o[0] for o in meets)]), max([end, *(o[1] for o in meets)]), label))
+        for start, end, entity in sorted(whole, reverse=True):
             text = f"{text[:start]}<{entity}>{text[end:]}"
             found[entity] += 1
         return text
@@ -107,10 +113,10 @@ def redactor(entities: Iterable[str], found: Counter[str]) -> Callable[[str], st
 
 
 def _recognizers() -> dict[str, list[Any]]:
-    """Return Presidio's recognizers that need no language model, by what they find."""
+    """Return Presidio's recognizers that need no language model, and are sure of what they find, by what that is."""
     try:
         import tldextract
-        from presidio_analyzer import RecognizerRegistry
+        from presidio_analyzer import PatternRecognizer, RecognizerRegistry
     except ModuleNotFoundError as error:
         raise ConfigError(
             "[data] redact needs Presidio, which is not installed: pip install 'fedit[redaction]'"
@@ -122,7 +128,13 @@ def _recognizers() -> dict[str, list[Any]]:
     registry.load_predefined_recognizers(languages=["en"])
     by_entity: dict[str, list[Any]] = defaultdict(list)
     for recognizer in registry.recognizers:
-        for entity in recognizer.supported_entities if recognizer.name != "SpacyRecognizer" else ():
+        if recognizer.name == "SpacyRecognizer":
+            continue
+        if isinstance(recognizer, PatternRecognizer):  # of nine digits it needs the words around them to be sure
+            checks = type(recognizer).validate_result is not PatternRecognizer.validate_result
+            if not checks and max((pattern.score for pattern in recognizer.patterns), default=0.0) < SCORE:
+                continue
+        for entity in recognizer.supported_entities:
             by_entity[entity].append(recognizer)
     return dict(by_entity)
 
@@ -130,7 +142,17 @@ def _recognizers() -> dict[str, list[Any]]:
 def _redacted(example: Example, redact: Callable[[str], str]) -> Example:
     turns = tuple(Turn(redact(turn.instruction), redact(turn.response), redact(turn.context)) for turn in example.turns)
     rejected = None if example.rejected is None else redact(example.rejected)
-    return replace(example, turns=turns, system=redact(example.system), rejected=rejected)
+    checks = None if example.checks is None else _redacted_value(dict(example.checks), redact)
+    return replace(example, turns=turns, system=redact(example.system), rejected=rejected, checks=checks)
+
+
+def _redacted_value(value: Any, redact: Callable[[str], str]) -> Any:
+    """Return a JSON value whose texts are redacted; names of keys stay."""
+    if isinstance(value, str):
+        return redact(value)
+    if isinstance(value, dict):
+        return {key: _redacted_value(item, redact) for key, item in value.items()}
+    return [_redacted_value(item, redact) for item in value] if isinstance(value, list | tuple) else value
 
 
 # ------------------------------------------------------------------------------------------------------ duplicates
@@ -138,7 +160,8 @@ def _redacted(example: Example, redact: Callable[[str], str]) -> Example:
 
 def near_duplicates(train: Sequence[Example], test: Sequence[Example]) -> list[tuple[Example, Example, float]]:
     """Return pairs of a training and a held-out row that share most of their runs of five words, with their Jaccard
-    likeness, the most alike first. Case and punctuation do not count; shorter rows are one run.
+    likeness, the most alike first. Case and punctuation do not count; shorter rows are one run. A pair has to share a
+    run that few held-out rows have: what many begin with is no copy.
     """
     of_test = [_shingles(example) for example in test]
     where: dict[tuple[str, ...], list[int]] = defaultdict(list)
@@ -148,8 +171,9 @@ def near_duplicates(train: Sequence[Example], test: Sequence[Example]) -> list[t
     pairs = []
     for example in train:
         shingles = _shingles(example)
-        shared = Counter(index for shingle in shingles for index in where.get(shingle, ()))
-        for index, count in shared.items():
+        rare = (rows for shingle in shingles if len(rows := where.get(shingle, ())) <= FEW)
+        for index in sorted({index for rows in rare for index in rows}):
+            count = len(shingles & of_test[index])
             alike = count / (len(shingles) + len(of_test[index]) - count)
             if alike >= ALIKE:
                 pairs.append((example, test[index], alike))

@@ -78,8 +78,9 @@ def join_run(
         "torch": torch.__version__,
         "device": str(started.model.device),
         "memory_bytes": memory_bytes(config.engine, started.model.device),
-        "slots": started.model.max_slots,
     }
+    if described.privacy is None:
+        answer["slots"] = started.model.max_slots
     if counts:
         answer["held_out"] = len(data.test)
     return Joined(

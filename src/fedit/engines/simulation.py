@@ -24,7 +24,7 @@ from fedit.interfaces import (
 )
 from fedit.model import StackedModel
 from fedit.optimizer import Moments
-from fedit.own_privacy import OwnPrivacy
+from fedit.own_privacy import USED_UP, OwnPrivacy
 from fedit.privacy import Draws, clip
 from fedit.private_stack import RowPrivacy
 from fedit.tuning import TuningResult, TuningTask, tune
@@ -67,7 +67,7 @@ class Simulation:
         round_index = tasks[0].round_index
         tunings = {task.client: self._count(task) for task in tasks}
         spent = [task.client for task in tasks if self._exhausted(task.client, tunings[task.client])]
-        yield from (ClientFailure(client, "its privacy budget is used up") for client in spent)
+        yield from (ClientFailure(client, USED_UP) for client in spent)
         tasks = [task for task in tasks if task.client not in spent]
         if not tasks:
             return

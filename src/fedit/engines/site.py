@@ -328,7 +328,7 @@ class Worker:
         self._finish(job, header, message)
 
     def _evaluate(self, job: _Job, joined: Joined, adapter: Adapter) -> None:
-        if not self._policy.evaluation:
+        if not self._policy.evaluation or joined.config.privacy is not None:
             self._finish(job, {"client": self._folder.name, "failure": "this site tells no losses"}, b"")
             return
         loss = mean_loss(joined.model, [adapter], joined.test)

@@ -82,7 +82,7 @@ def cleaning_lines(cleaning: Mapping[str, Any]) -> list[Text]:
         lines.append(f"Replaced: {', '.join(f'{number:,} {entity}' for entity, number in sorted(redacted.items()))}")
     if again := cleaning.get("duplicates", 0):
         done = "left out" if cleaning.get("deduplicated") else "kept; -o data.deduplicate=true leaves them out"
-        lines.append(f"Training rows that their client has twice: {again:,} ({done})")
+        lines.append(f"Training rows that are copies of others: {again:,} ({done})")
     alike = cleaning.get("near_duplicates", {"rows": 0, "first": []})
     if alike["rows"]:
         one, other, likeness = alike["first"][0]
