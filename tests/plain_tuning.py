@@ -62,6 +62,28 @@ def mean_loss(model: nn.Module, rows: Sequence[EncodedExample]) -> Tensor:
     return model(input_ids=input_ids, attention_mask=mask, labels=labels).loss
 
 
+def peft_model(folder: Path, adapter: Adapter, dtype: torch.dtype) -> tuple[PeftModel, dict[str, nn.Parameter]]:
+    """An adapter in PEFT, and its tensors by our names. What lies beside it is folded into the base's weights."""
+    base = AutoModelForCausalLM.from_pretrained(folder, dtype=dtype)
+    with torch.no_grad():
+        for name, matrix in adapter.side.items():
+            base.get_parameter(f"{name}.weight").add_(matrix.dense())
+    lora = LoraConfig(
+        r=adapter.rank, lora_alpha=int(adapter.lora_alpha), target_modules="all-linear", task_type="CAUSAL_LM"
+    )
+    model = get_peft_model(base, lora).to(dtype)
+    trained = {
+        name.removeprefix("base_model.model.").replace(".default", ""): parameter
+        for name, parameter in model.named_parameters()
+        if parameter.requires_grad
+    }
+    assert trained.keys() == adapter.tensors.keys()
+    with torch.no_grad():
+        for name, parameter in trained.items():
+            parameter.copy_(adapter.tensors[name])
+    return model, trained
+
+
 def tune_with_peft(
     folder: Path,
     task: TuningTask,
@@ -75,24 +97,9 @@ def tune_with_peft(
     What lies beside the adapter is folded into the base's weights. `loss_of` takes the place of the mean loss per
     response token.
     """
-    base = AutoModelForCausalLM.from_pretrained(folder, dtype=dtype)
-    with torch.no_grad():
-        for name, matrix in task.adapter.side.items():
-            base.get_parameter(f"{name}.weight").add_(matrix.dense())
-    lora = LoraConfig(
-        r=task.adapter.rank, lora_alpha=int(task.adapter.lora_alpha), target_modules="all-linear", task_type="CAUSAL_LM"
-    )
-    model = get_peft_model(base, lora).to(dtype)
-    trained = {
-        name.removeprefix("base_model.model.").replace(".default", ""): parameter
-        for name, parameter in model.named_parameters()
-        if parameter.requires_grad
-    }
-    assert trained.keys() == task.adapter.tensors.keys()
-    with torch.no_grad():
-        for name, parameter in trained.items():
-            parameter.copy_(task.adapter.tensors[name])
-            parameter.requires_grad_(factor_of(name) in factors)
+    model, trained = peft_model(folder, task.adapter, dtype)
+    for name, parameter in trained.items():
+        parameter.requires_grad_(factor_of(name) in factors)
     moving = [parameter for parameter in trained.values() if parameter.requires_grad]
     kind = torch.optim.AdamW if config.optimizer == "adamw" else torch.optim.SGD
     optimizer = kind(

@@ -10,14 +10,12 @@ import numpy as np
 import pytest
 import torch
 from opacus.grad_sample import GradSampleModule
-from peft import LoraConfig, get_peft_model
-from plain_tuning import load, make_examples, mean_loss, random_adapter, relative_error
+from plain_tuning import load, make_examples, mean_loss, peft_model, random_adapter, relative_error
 from torch import Tensor
-from transformers import AutoModelForCausalLM
 
 from fedit.adapter import factor_of
 from fedit.config import AdapterConfig, ClientConfig
-from fedit.interfaces import FACTORS, Adapter, EncodedExample
+from fedit.interfaces import FACTORS, EncodedExample
 from fedit.model import StackedModel
 from fedit.privacy import Draws
 from fedit.private_stack import RowPrivacy
@@ -48,25 +46,6 @@ def rows_of_step(task: TuningTask, step: int) -> list[EncodedExample]:
     assert task.privacy is not None
     drawn = task.privacy.draws.uniform(len(task.examples), task.name, step)
     return [task.examples[i] for i in np.flatnonzero(drawn < task.privacy.share).tolist()]
-
-
-def peft_model(
-    folder: Path, adapter: Adapter, dtype: torch.dtype
-) -> tuple[torch.nn.Module, dict[str, torch.nn.Parameter]]:
-    base = AutoModelForCausalLM.from_pretrained(folder, dtype=dtype)
-    lora = LoraConfig(
-        r=adapter.rank, lora_alpha=int(adapter.lora_alpha), target_modules="all-linear", task_type="CAUSAL_LM"
-    )
-    model = get_peft_model(base, lora).to(dtype)
-    trained = {
-        name.removeprefix("base_model.model.").replace(".default", ""): parameter
-        for name, parameter in model.named_parameters()
-        if parameter.requires_grad
-    }
-    with torch.no_grad():
-        for name, parameter in trained.items():
-            parameter.copy_(adapter.tensors[name])
-    return model, trained
 
 
 def tune_row_by_row(folder: Path, task: TuningTask, factors: Sequence[str], dtype: torch.dtype) -> Mapping[str, Tensor]:

@@ -9,8 +9,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from peft import LoraConfig, get_peft_model
-from plain_tuning import CPU, load, make_examples, random_adapter, relative_error, tune_with_peft
+from plain_tuning import CPU, load, make_examples, peft_model, random_adapter, relative_error, tune_with_peft
 from torch import Tensor
 from transformers import AutoModelForCausalLM
 
@@ -156,17 +155,7 @@ def test_an_example_can_be_a_slot_of_its_own(tiny_model_folder: Path) -> None:
     for _, batch in model.batches(examples, list(range(len(examples)))):
         model.token_losses(batch)[0].sum().backward()
     got = model.take_gradients().clone()
-    base = AutoModelForCausalLM.from_pretrained(tiny_model_folder, dtype=torch.float64)
-    peft = get_peft_model(base, LoraConfig(r=6, lora_alpha=12, target_modules="all-linear", task_type="CAUSAL_LM"))
-    peft = peft.to(torch.float64)
-    trained = {
-        name.removeprefix("base_model.model.").replace(".default", ""): parameter
-        for name, parameter in peft.named_parameters()
-        if parameter.requires_grad
-    }
-    with torch.no_grad():
-        for name, parameter in trained.items():
-            parameter.copy_(adapter.tensors[name])
+    peft, trained = peft_model(tiny_model_folder, adapter, torch.float64)
     for slot, example in enumerate(examples):
         ids = torch.from_numpy(example.input_ids.astype(np.int64))[None]
         peft.zero_grad()
