@@ -11,6 +11,7 @@ import subprocess
 import sys
 import threading
 import time
+from abc import ABC, abstractmethod
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import suppress
 from pathlib import Path
@@ -105,7 +106,7 @@ def write_site(folder: Path, name: str, rows: Path, more: str = "", kind: str = 
     (folder / "site.toml").write_text(f'name = "{name}"\n{paths}device = "cpu"\n{more}{end}')
 
 
-class Sites:
+class Sites(ABC):
     """A `Transport` to the three sites, which tests may spoil: `before` and `after` may change a call or lose it."""
 
     def __init__(self, recipe: Path, folders: Path, more: str = "") -> None:
@@ -128,9 +129,9 @@ class Sites:
     def folder_of(self, site: str) -> SiteFolder:
         return SiteFolder.read(self._folders / site)
 
+    @abstractmethod
     def restart(self, site: str) -> None:
         """Kill a site's worker; another takes its place."""
-        raise NotImplementedError
 
     def call(self, site: str, header: Mapping[str, Any], blob: bytes, timeout_s: float) -> tuple[Header, bytes]:
         asked: Header = json.loads(json.dumps(header))
@@ -139,8 +140,9 @@ class Sites:
         answer, reply = self._carry(site, asked, blob, timeout_s)
         return self.after(site, asked, (json.loads(json.dumps(answer)), reply))
 
+    @abstractmethod
     def _carry(self, site: str, header: Header, blob: bytes, timeout_s: float) -> tuple[Header, bytes]:
-        raise NotImplementedError
+        """Return the site's own answer."""
 
 
 LOADING = threading.Lock()
