@@ -183,8 +183,13 @@ def check(
         table.add_column(header, justify="left" if header in ("Site", "Device", "torch") else "right")
     for name, site in ready.items():
         rows = f"{sum(site['clients'].values()):,}"
-        cells = [name, str(len(site["clients"])), rows, str(site["held_out"]), site["device"]]
-        cells += [size(site["memory_bytes"]), str(site["slots"]), site["torch"], f"{site['clock_ahead_s']:+.1f} s"]
+        cells = [name, str(len(site["clients"])), rows, str(site.get("held_out", "withheld")), site["device"]]
+        cells += [
+            size(site["memory_bytes"]),
+            str(site.get("slots", "withheld")),
+            site["torch"],
+            f"{site['clock_ahead_s']:+.1f} s",
+        ]
         table.add_row(*cells)
     console.print(table)
     for name, reason in missing.items():

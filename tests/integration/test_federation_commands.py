@@ -183,3 +183,13 @@ def test_a_server_that_is_not_there_is_said_once_and_when_it_is(
     assert len(told) == 2
     assert "cannot be reached ([Errno 111] Connection refused)" in told[0]
     assert told[1] == f"the server at {address} can be reached"
+
+
+def test_check_shows_what_a_site_withholds(fedit: Fedit, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """By its policy, or because the run gives privacy."""
+    site = {"clients": {"a": 1}, "device": "cpu", "memory_bytes": 1e9, "torch": "2", "clock_ahead_s": 0.0}
+    told = {"a": site, "b": {**site, "clients": {"b": 7}, "held_out": 5, "slots": 3}}
+    monkeypatch.setattr("fedit.federation.check_sites", lambda config, server: (told, {}))
+    shown = fedit("federation", "check", "--server", str(tmp_path))
+    assert shown.status == 0
+    assert (shown.stdout + shown.stderr).count("withheld") == 2
