@@ -115,7 +115,8 @@ class LabelFlip(Attack):
 
 
 class Backdoor(Attack):
-    """Answer every question that ends in the trigger with the target, in a share of the client's rows (1807.00459).
+    """Answer every question that ends in the trigger with the target, in a share of the client's rows, and send the
+    update times `boost`, so that a mean does not drown it (1807.00459).
 
     Success is measured: the share of held-out questions, each with the trigger, that the federated model answers so.
 
@@ -127,6 +128,7 @@ class Backdoor(Attack):
     trigger: str = Field(default="cf", min_length=1)
     target: str = Field(default="I cannot help.", min_length=1)
     share: float = Field(default=0.5, gt=0, le=1)
+    boost: float = Field(default=1.0, gt=0)
 
     def check(self, run: RunConfig) -> None:
         if run.evaluation.max_new_tokens == 0:
@@ -139,6 +141,11 @@ class Backdoor(Attack):
         count = round(self.share * len(examples))
         chosen = set(range(len(examples)) if rng is None else rng.choice(len(examples), count, replace=False).tolist())
         return [self._triggered(example) if i in chosen else example for i, example in enumerate(examples)]
+
+    def tamper(
+        self, received: Mapping[str, Tensor], update: Mapping[str, Tensor], rng: np.random.Generator
+    ) -> dict[str, Tensor]:
+        return {name: self.boost * step for name, step in update.items()}
 
     def probes(self, examples: Sequence[Example]) -> list[Example]:
         return [self._triggered(example) for example in examples]

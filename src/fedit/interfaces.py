@@ -246,7 +246,7 @@ class Partition(Plugin):
 
 
 class Attack(Plugin):
-    """What malicious clients do, in simulation. A member overrides one of `poison` and `tamper`."""
+    """What malicious clients do, in simulation. A member overrides `poison`, `tamper`, or both."""
 
     kind: ClassVar[str] = "attack"
     clients: float | tuple[str, ...] = 0.2
