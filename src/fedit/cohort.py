@@ -87,6 +87,11 @@ def mean_share(config: RunConfig, clients: Mapping[str, int]) -> float:
     return sum(len(indices) for indices in rounds.values()) / (config.rounds * len(clients))
 
 
+def most_rounds(config: RunConfig, clients: Mapping[str, int]) -> int:
+    """Return in how many rounds the client takes part that is in most."""
+    return max(len(rounds) for rounds in participation(config, clients, config.rounds).values())
+
+
 def never_sampled(config: RunConfig, clients: Mapping[str, int]) -> list[str]:
     """Return the clients that no round of this run will draw."""
     return [client for client, rounds in participation(config, clients, config.rounds).items() if not rounds]

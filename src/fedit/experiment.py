@@ -33,7 +33,7 @@ from fedit.evaluation.heldout import mean_loss, predict, preference_accuracy
 from fedit.evaluation.metrics import FEDERATED_PREFIX, LOCAL_PREFIX, PERSONAL_PREFIX, Prediction, summarise
 from fedit.export import save_adapter
 from fedit.files import append_line, folder_name, keep_lines, write_atomically, write_json
-from fedit.interfaces import FACTORS, Adapter, ConfigError, DataError, EncodedExample, EngineError, derive_rng
+from fedit.interfaces import FACTORS, Adapter, ConfigError, DataError, EncodedExample, Engine, EngineError, derive_rng
 from fedit.model import StackedModel
 from fedit.prepare import FederatedData, prepare_model
 from fedit.report import RunFolder, write_report
@@ -186,8 +186,17 @@ def _federated(run: _Run) -> tuple[Adapter, dict[str, Adapter]]:
     run.notify(PhaseStarted("federated", round((config.rounds - state.round_index) * per_round)))
     # A simulation repeats itself; a real run's noise comes from the operating system.
     noise = lambda round_index: derive_rng(config.seed, "privacy", round_index).standard_normal
-    adapter = train(config, engine, state, finish_round, noise).adapter
+    adapter = train(config, _shown_to_server(config, engine), state, finish_round, noise).adapter
     return adapter, engine.personal(adapter, config.rounds)
+
+
+def _shown_to_server(config: RunConfig, engine: Simulation) -> Engine:
+    """Return what the server sees of the clients: each of them, or sums alone."""
+    if config.secure_sums is None:
+        return engine
+    from fedit.engines.secure import SecureAggregation, SimulatedParties
+
+    return SecureAggregation(config, SimulatedParties(config, engine))
 
 
 def _keeps_factors(config: RunConfig) -> bool:

@@ -15,7 +15,7 @@ from pathlib import Path
 from typing import Any
 
 from fedit.checkpoints import load_state, save_state
-from fedit.cohort import check_clients
+from fedit.cohort import check_clients, most_rounds
 from fedit.config import RunConfig
 from fedit.deployment import FederationConfig, courier_of, read_federation
 from fedit.engines.remote import Remote
@@ -114,7 +114,7 @@ def _run(
         holdings = {client: {"rows": rows, "categories": {}} for client, rows in clients.items()}
         privacy = OwnPrivacy.announcement(config)
         if mechanism is not None:
-            privacy = mechanism.statement("the operating system's")
+            privacy = mechanism.statement("the operating system's", most_rounds(config, clients))
         told = {} if privacy is None else {"privacy": privacy}
         write_json(folder / "partition.json", {"run": before["run"], "clients": holdings, **told})
     state = load_state(folder / "checkpoints") or ServerState(0, prepared.initial)

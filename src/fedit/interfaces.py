@@ -178,6 +178,8 @@ class ClientUpdate:
     """The compressed message that the update came in; None: it came as float32 tensors."""
     epsilon: float | None = None
     """What the client's privacy has cost it by now, where it adds the noise itself; it is not sent."""
+    num_bytes: int | None = None
+    """All that came for it, where that is neither the message nor float32 tensors."""
 
 
 @dataclass(frozen=True, slots=True)

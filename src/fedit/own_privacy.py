@@ -51,7 +51,7 @@ class OwnPrivacy:
             ConfigError: what is asked for cannot be had.
         """
         privacy = run.privacy
-        if privacy is None or privacy.mechanism == "central":
+        if privacy is None or not privacy.at_clients:
             return None
         is_by_row = privacy.mechanism == "dp-sgd"
         delta = num_examples**-1.1 if privacy.delta is None else privacy.delta
@@ -80,7 +80,7 @@ class OwnPrivacy:
     def announcement(run: RunConfig) -> dict[str, Any] | None:
         """Return what a real run says of privacy that its clients give themselves; None: they give none."""
         privacy = run.privacy
-        if privacy is None or privacy.mechanism == "central":
+        if privacy is None or not privacy.at_clients:
             return None
         is_by_row = privacy.mechanism == "dp-sgd"
         return {

@@ -9,7 +9,7 @@ from dataclasses import asdict, dataclass, replace
 from typing import TYPE_CHECKING, Any
 
 from fedit.base import context_length, load_base, load_tokenizer, resolve_device, tokenizer_digest, weights_digest
-from fedit.cohort import check_clients, never_sampled
+from fedit.cohort import check_clients, most_rounds, never_sampled
 from fedit.config import RunConfig
 from fedit.data import EncodingReport, encode_all, load_examples
 from fedit.data.cleaning import Cleaned, clean
@@ -85,7 +85,7 @@ def _statement(config: RunConfig, sizes: Mapping[str, int]) -> dict[str, Any]:
     """Return what the run promises its clients; where each adds its own noise, what it promises the worst of them."""
     seeded = "seeded, so that the simulation can be repeated: no protection itself"
     if (mechanism := Mechanism.of(config, len(sizes))) is not None:
-        return mechanism.statement(seeded)
+        return mechanism.statement(seeded, most_rounds(config, sizes))
     own = [privacy for rows in set(sizes.values()) if (privacy := OwnPrivacy.of(config, rows)) is not None]
     return max((privacy.statement(seeded) for privacy in own), key=lambda statement: statement["epsilon"])
 

@@ -6,7 +6,12 @@ round makes of the updates u_k of its cohort is
     ( sum_k u_k min(1, C / ||u_k||) + N(0, (z C)^2 I) ) / (q N)
 
 The denominator does not depend on who came: a client that is added or removed moves the sum by C at most. All that the
-rounds do with this mean costs no more privacy. The server sees single updates; it is trusted to forget them.
+rounds do with this mean costs no more privacy.
+
+*central*: the server sees single updates, clips them and adds the noise; it is trusted to forget them. *distributed*:
+the clients clip and add shares of the noise, of variance (z C)^2 at least, and the server sees the sum alone
+(`fedit.secure`). Neighbours differ then by a client that sends zero in place of its update. The server knows who was
+asked, so that against it sampling hides nobody.
 """
 
 from __future__ import annotations
@@ -45,6 +50,11 @@ class Mechanism:
     delta: float
     noise_multiplier: float
 
+    @property
+    def is_distributed(self) -> bool:
+        """Whether updates come as the sum of clients that have clipped them and added the noise."""
+        return self.config.mechanism == "distributed"
+
     @classmethod
     def of(cls, run: RunConfig, num_clients: int) -> Mechanism | None:
         """Return the mechanism of a run with so many clients; None where it has none.
@@ -53,7 +63,7 @@ class Mechanism:
             ConfigError: the privacy that it asks for cannot be had.
         """
         privacy = run.privacy
-        if privacy is None or privacy.mechanism != "central":
+        if privacy is None or privacy.at_clients:
             return None
         delta = num_clients**-1.1 if privacy.delta is None else privacy.delta
         if not 0 < delta < min(1.0, 1 / num_clients):
@@ -109,19 +119,32 @@ class Mechanism:
             return self.num_rounds  # the noise was made for it
         return bisect.bisect_right(range(1, self.num_rounds + 1), budget, key=self.spent)
 
-    def statement(self, noise: str) -> dict[str, Any]:
-        """Return what is promised, in words and numbers that can be cited; `noise` says where the noise is from."""
+    def spent_against_server(self, num_rounds: int) -> float:
+        """Return the epsilon of so many rounds that a client takes part in, for who knows in which."""
+        return spent_epsilon(self.noise_multiplier, 1.0, num_rounds, self.delta)
+
+    def statement(self, noise: str, most_rounds: int) -> dict[str, Any]:
+        """Return what is promised, in words and numbers that can be cited; `noise` says where the noise is from, and
+        `most_rounds` in how many rounds the client takes part that is in most.
+        """
+        adjacency, trust = "one client added or removed", "the server sees single updates and adds the noise"
+        if self.is_distributed:
+            adjacency = "one client's update replaced by zero"
+            trust = (
+                f"the server sees the noisy sums of rounds alone. It knows who is in them: against it epsilon is "
+                f"{self.spent_against_server(most_rounds):.3g}, of {most_rounds} rounds of one client"
+            )
         return {
             "epsilon": self.spent(self.num_affordable),
             "delta": self.delta,
             "unit": "all rows of a client",
-            "adjacency": "one client added or removed",
+            "adjacency": adjacency,
             "sampling": f"Poisson, probability {self.share:g} a round",
             "rounds": self.num_affordable,
             "noise_multiplier": self.noise_multiplier,
             "clip_norm": self.config.clip_norm,
             "clipping": "fixed" if self.config.clip_quantile is None else f"quantile {self.config.clip_quantile:g}",
-            "trust": "the server sees single updates and adds the noise",
+            "trust": trust,
             "accountant": accountant(),
             "noise": noise,
         }
@@ -136,17 +159,24 @@ class Mechanism:
     ) -> tuple[ClientUpdate, float]:
         """Consume a round's updates, and return their noisy mean, as the update of one client, and the next clip norm.
 
-        `shapes` are the tensors that clients share; where nobody came it is all noise.
+        `shapes` are the tensors that clients share; where nobody came it is all noise. A mean of clients that have
+        clipped and added noise themselves is as good as they are.
         """
         sums = {name: torch.zeros_like(tensor, dtype=torch.float64) for name, tensor in shapes.items()}
-        within = 0.0
+        within, is_noisy = 0.0, False
         for result in updates:
+            if self.is_distributed:
+                for name, tensor in result.update.tensors.items():
+                    sums[name] += tensor.double() * (1 + len(result.others))
+                is_noisy = True
+                continue
             clipped, norm = clip(result.update.tensors, clip_norm)
             within += 0.5 if norm <= clip_norm else -0.5
             for name, tensor in clipped.items():
                 sums[name] += tensor
         for tensor in sums.values():
-            tensor += torch.from_numpy(noise(tuple(tensor.shape))) * (self.update_noise * clip_norm)
+            if not is_noisy:
+                tensor += torch.from_numpy(noise(tuple(tensor.shape))) * (self.update_noise * clip_norm)
             tensor /= self.expected_size
         update = ClientUpdate("noisy mean", adapter.with_tensors(sums), 1, 0, 0.0, 1)
         if (quantile := self.config.clip_quantile) is None:

@@ -158,6 +158,7 @@ def run_round(
     answers = _Answers(tasks, shared, config.objective.kept_rank, epsilon=state.epsilon)
     min_updates = config.cohort.min_updates if mechanism is None else 0
     updates = answers.updates(engine.run(tasks) if tasks else iter(()), min_updates)
+    sees_each = mechanism is None and config.secure_sums is None
     clip_norm = next_clip_norm = None
     if mechanism is not None:
         clip_norm = mechanism.config.clip_norm if state.clip_norm is None else state.clip_norm
@@ -184,7 +185,7 @@ def run_round(
         failures=answers.failures,
         train_loss=answers.loss_sum / max(1, answers.num_tokens),
         update_norm=update_norm,
-        aggregation_loss=result.metrics.get("aggregation_loss") if mechanism is None else None,
+        aggregation_loss=result.metrics.get("aggregation_loss") if sees_each else None,
         bytes_up=answers.bytes_up,
         bytes_down=sum(download_size(config, state, task, history[task.client]) for task in tasks),
         tokens=answers.num_tokens,
@@ -228,6 +229,12 @@ def _tasks(
 
 def _is_finite(tensors: Mapping[str, Tensor]) -> bool:
     return all(bool(torch.isfinite(tensor).all()) for tensor in tensors.values())
+
+
+def _upload_size(result: ClientUpdate) -> int:
+    if result.num_bytes is not None:
+        return result.num_bytes
+    return wire_size(result.update.tensors) if result.message is None else len(result.message)
 
 
 def _moved(tensors: Mapping[str, Tensor], steps: Mapping[str, Tensor], factor: float) -> Mapping[str, Tensor]:
@@ -340,7 +347,7 @@ class _Answers:
             if result.control_step:
                 self.control_sum = _moved(self.control_sum, result.control_step, 1.0)
                 self.bytes_up += wire_size(result.control_step)
-            self.bytes_up += wire_size(result.update.tensors) if result.message is None else len(result.message)
+            self.bytes_up += _upload_size(result)
             self.waited_s += time.perf_counter() - asked
             yield result
             asked = time.perf_counter()

@@ -9,7 +9,7 @@ from fedit.config.loading import (
     shipped_recipes,
     shipped_studies,
 )
-from fedit.config.privacy import PrivacyConfig
+from fedit.config.privacy import PrivacyConfig, SecureAggregationConfig
 from fedit.config.run import RunConfig
 from fedit.config.tables import (
     COLUMNS,
@@ -40,6 +40,7 @@ __all__ = [
     "PrivacyConfig",
     "RankRange",
     "RunConfig",
+    "SecureAggregationConfig",
     "Table",
     "apply_overrides",
     "explain",

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib.util
 from typing import TYPE_CHECKING, Literal, Self
 
 from pydantic import Field, model_validator
@@ -23,10 +24,12 @@ PRESETS = {
 class PrivacyConfig(Table):
     """Differential privacy: what somebody holds changes what is learned by a bounded amount, which noise hides."""
 
-    mechanism: Literal["central", "dp-sgd", "local"] = "central"
+    mechanism: Literal["central", "distributed", "dp-sgd", "local"] = "central"
     """Who is hidden, and by whom. central (DP-FedAvg, 1710.06963): a client with all its rows, by the server, which
     adds noise to the sum of the clipped updates of a Poisson-sampled cohort and divides by the cohort's expected size.
-    dp-sgd: each row, by its client, in every local step. local: all rows of a client, by itself, on its update."""
+    distributed (2102.06387): the same, but that the clients clip and add shares of the noise, and the server sees the
+    sum alone (secure aggregation). dp-sgd: each row, by its client, in every local step. local: all rows of a client,
+    by itself, on its update."""
     target_epsilon: float | None = Field(default=None, gt=0)
     """Of all rounds together: the noise follows from it. With a `noise_multiplier` it is a budget: the run ends before
     the round that would exceed it, or a client that adds its noise itself takes part no more."""
@@ -53,6 +56,11 @@ class PrivacyConfig(Table):
             raise ValueError('mechanism = "local" needs a delta')
         return self
 
+    @property
+    def at_clients(self) -> bool:
+        """Whether each client hides by itself, and is accounted for by itself."""
+        return self.mechanism in ("dp-sgd", "local")
+
     def check(self, run: RunConfig) -> None:
         """Raise ConfigError for what would void the guarantee."""
         for reason, holds in (self._reasons_of_clients(run) | self._reasons_of_server(run)).items():
@@ -62,7 +70,7 @@ class PrivacyConfig(Table):
     def _reasons_of_clients(self, run: RunConfig) -> dict[str, bool]:
         """Return what nobody's privacy goes with, and whether it holds."""
         weighting = getattr(run.aggregation, "weighting", "uniform")
-        own, by_row, objective = self.mechanism != "central", self.mechanism == "dp-sgd", run.objective
+        own, by_row, objective = self.at_clients, self.mechanism == "dp-sgd", run.objective
         trained = set(run.aggregation.trained(0))
         return {
             f"[aggregation] weighting = {weighting!r}: a client's rows, tokens and steps are nobody's to know, and who "
@@ -87,8 +95,8 @@ class PrivacyConfig(Table):
         }
 
     def _reasons_of_server(self, run: RunConfig) -> dict[str, bool]:
-        """Return what noise at the server does not go with, and whether it holds."""
-        if self.mechanism != "central":
+        """Return what noise on a cohort's sum does not go with, and whether it holds."""
+        if self.at_clients:
             return {}
         rule, cohort = run.aggregation, run.cohort
         return {
@@ -105,7 +113,64 @@ class PrivacyConfig(Table):
                 rule.sparse or rule.ranks_kept < 1
             ),
             "[engine] merge_clients: a mean of clients cannot be clipped client by client": run.engine.merge_clients,
+            '[secure_aggregation]: the server could clip no single update. Use mechanism = "distributed"': (
+                self.mechanism == "central" and run.secure_aggregation is not None
+            ),
         }
+
+
+class SecureAggregationConfig(Table):
+    """The server sees the sum of a cohort's updates and none of them, by pairwise masks (Bonawitz et al. 2017).
+
+    Updates are clipped, which also bounds what a malicious client can do; the range of the integers follows from that.
+    """
+
+    clip_norm: float | None = Field(default=None, gt=0)
+    """L2 bound of a client's whole update; with mechanism = "distributed" that of [privacy]"""
+    threshold: float = Field(default=2 / 3, ge=0.5, lt=1)
+    """A sum needs more than this share of the parties (sites; in a simulation, clients) that began a round. Up to
+    2 threshold - 1 of them may be in league with a server that lies, and learn no more than sums."""
+    min_parties: int = Field(default=3, ge=2)
+    """Parties that a sum is of at least: of two, each knows the other's update"""
+    max_weight: int | None = Field(default=None, ge=1)
+    """The largest weight of a client, in rows or tokens as [aggregation] weighting says: who has more counts as this.
+    To be given unless weights are uniform."""
+
+    def clip_norm_of(self, run: RunConfig) -> float:
+        """Return the bound on updates."""
+        norm = self.clip_norm if run.privacy is None or run.privacy.at_clients else run.privacy.clip_norm
+        assert norm is not None
+        return norm
+
+    def check(self, run: RunConfig) -> None:
+        """Raise ConfigError for what does not go with it."""
+        weighting = getattr(run.aggregation, "weighting", "uniform")
+        distributed = run.privacy is not None and run.privacy.mechanism == "distributed"
+        problems = {
+            "needs the library cryptography, which is not installed: pip install 'fedit[privacy]'": (
+                importlib.util.find_spec("cryptography") is None
+            ),
+            "clip_norm is missing: the L2 bound of a client's update, from which the range of the integers follows "
+            "(a run without [secure_aggregation] shows the norms' size as update_norm in rounds.jsonl)": (
+                self.clip_norm is None and not distributed
+            ),
+            "clip_norm: [privacy] has one. Leave it out": self.clip_norm is not None and distributed,
+            f"max_weight is missing: the most that a client counts with weighting = {weighting!r}": (
+                self.max_weight is None and weighting != "uniform"
+            ),
+            '[cohort] sampling = "weighted": the server is not told who has how many rows. Use another': (
+                run.cohort.sampling == "weighted"
+            ),
+            "[engine] merge_clients: a site's clients are added up anyway. Leave it out": run.engine.merge_clients,
+        }
+        for problem, holds in problems.items():
+            if holds:
+                raise ConfigError(f"[secure_aggregation] {problem}.")
+
+
+def read_switch(value: object) -> object:
+    """Return no table for ``"none"``; anything else as it is."""
+    return None if value == "none" else value
 
 
 def read_privacy(value: object) -> object:

@@ -8,7 +8,7 @@ from typing import Annotated, Any
 
 from pydantic import BeforeValidator, Field, SerializeAsAny
 
-from fedit.config.privacy import PrivacyConfig, read_privacy
+from fedit.config.privacy import PrivacyConfig, SecureAggregationConfig, read_privacy, read_switch
 from fedit.config.tables import (
     AdapterConfig,
     ClientConfig,
@@ -53,6 +53,8 @@ class RunConfig(Table):
     """Malicious clients, simulated; ``"none"``: all are honest."""
     privacy: Annotated[PrivacyConfig | None, BeforeValidator(read_privacy)] = None
     """Differential privacy of the clients: a table, or a preset, ``"strong"``, ``"standard"`` or ``"none"``."""
+    secure_aggregation: Annotated[SecureAggregationConfig | None, BeforeValidator(read_switch)] = None
+    """The server sees sums of updates alone; ``"none"``: it sees each."""
     cohort_secret: int | None = Field(default=None, exclude=True, repr=False)
     """What cohorts are drawn by in place of the seed, which every site knows; a real run with privacy draws it, and no
     description of the run contains it."""
@@ -95,10 +97,7 @@ class RunConfig(Table):
                 f'{self.aggregation.name!r} trains its factors in turn. Use moments = "reset" with it.'
             )
         self._check_codecs()
-        if self.engine.merge_clients:
-            self._check_merging()
-        if self.privacy is not None:
-            self.privacy.check(self)
+        self._check_what_is_shown()
         for plugin in (
             self.data.template,
             self.partition,
@@ -110,7 +109,23 @@ class RunConfig(Table):
             if plugin is not None:
                 plugin.check(self)
 
-    def _check_merging(self) -> None:
+    def _check_what_is_shown(self) -> None:
+        if self.engine.merge_clients:
+            self._check_merging("[engine] merge_clients sends the mean of a site's clients")
+        if self.privacy is not None:
+            self.privacy.check(self)
+        if (secure := self.secure_sums) is not None:
+            secure.check(self)
+            self._check_merging("secure aggregation adds up what clients send")
+
+    @property
+    def secure_sums(self) -> SecureAggregationConfig | None:
+        """How updates are added up where the server is to see sums alone; None: it sees each."""
+        if self.privacy is not None and self.privacy.mechanism == "distributed":
+            return self.secure_aggregation or SecureAggregationConfig()
+        return self.secure_aggregation
+
+    def _check_merging(self, what_it_does: str) -> None:
         rule, weighting = self.aggregation, getattr(self.aggregation, "weighting", "uniform")
         sends_all = self.upload.is_plain and not rule.sparse and rule.ranks_kept == 1
         problems = {
@@ -123,8 +138,8 @@ class RunConfig(Table):
         for what, is_one in problems.items():
             if is_one:
                 raise ConfigError(
-                    f"[engine] merge_clients sends the mean of a site's clients, but {what} needs each of them. Leave "
-                    "merge_clients out, or use fedit with one rank, plain updates and examples, tokens or uniform."
+                    f"{what_it_does}, but {what} needs each of them. Leave that out, or use fedit with one rank, plain "
+                    "updates and examples, tokens or uniform."
                 )
 
     def _check_codecs(self) -> None:

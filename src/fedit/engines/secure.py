@@ -1,0 +1,209 @@
+"""Secure aggregation over any engine: the rounds are given the sum of a cohort's updates, as one update for all.
+
+It needs of an engine what `Parties` says: that messages of a protocol reach each party, and that a party masks what its
+clients send. `SimulatedParties` does so in one process, with all the cryptography; `fedit.engines.remote` at sites.
+"""
+
+from __future__ import annotations
+
+import itertools
+import json
+import secrets
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, replace
+from typing import Any, Protocol
+
+from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PrivateKey
+
+from fedit.codec import Message
+from fedit.config import RunConfig
+from fedit.engines.simulation import Simulation
+from fedit.interfaces import ClientFailure, ClientTask, ClientUpdate, Engine, RoundError, derive_seed
+from fedit.privacy import Draws, Mechanism
+from fedit.secure.collector import Collector
+from fedit.secure.encoding import Encoding, PartySum, decode
+from fedit.secure.party import Party, Words
+from fedit.server import unusable
+
+
+@dataclass(frozen=True, eq=False)
+class MaskedSum:
+    """What a party sends in place of its clients' updates."""
+
+    party: str
+    clients: Sequence[str]
+    """Whose updates it is the sum of, in the order of the tasks"""
+    payload: Message
+    epsilon: float | None = None
+    """The largest that the clients' own noise has cost one of them; a real party does not tell."""
+
+
+class Parties(Engine, Protocol):
+    """An engine whose clients belong to parties that take part in secure aggregation."""
+
+    def parties(self, tasks: Sequence[ClientTask]) -> Mapping[str, Sequence[ClientTask]]:
+        """Return the tasks of each party."""
+        ...
+
+    def exchange(self, requests: Mapping[str, Words]) -> Mapping[str, Words]:
+        """Return the parties' answers; who does not answer, or does not go on, is left out."""
+        ...
+
+    def run_masked(
+        self, tasks: Sequence[ClientTask], requests: Mapping[str, Words]
+    ) -> Iterator[MaskedSum | ClientFailure]:
+        """Yield a masked sum of each party's clients' updates, and why those fail that are in none."""
+        ...
+
+
+class SecureAggregation:
+    """An `Engine` that shows nobody more of a cohort than its sum."""
+
+    def __init__(self, config: RunConfig, engine: Parties) -> None:
+        settings = config.secure_sums
+        assert settings is not None
+        self._config = config
+        self._settings = settings
+        self._engine = engine
+        self._num_bytes = 0
+        """That came from the parties in this round"""
+
+    def clients(self) -> Mapping[str, int]:
+        return self._engine.clients()
+
+    def run(self, tasks: Sequence[ClientTask]) -> Iterator[ClientUpdate | ClientFailure]:
+        """Yield the failures, and then one update that is the mean of all others.
+
+        Raises:
+            RoundError: too few parties were left.
+        """
+        self._num_bytes = 0
+        parties = self._engine.parties(tasks)
+        if len(parties) < self._settings.min_parties:
+            yield from self._too_few(tasks, len(parties))
+            return
+        shared = tasks[0].adapter.only(self._config.aggregation.shared(tasks[0].round_index))
+        num_numbers = sum(tensor.numel() for tensor in shared.values())
+        collector = Collector(secrets.token_hex(16), list(parties), self._settings.threshold, num_numbers)
+        requests = collector.shares(self._ask(collector.keys(self._ask(collector.begin()))))
+        about = {"clients": len(tasks), "registered": len(self.clients())}
+        requests = {party: words | about for party, words in requests.items()}
+        asked = [task for party, its_tasks in parties.items() if party in requests for task in its_tasks]
+        asked.sort(key=tasks.index)
+        yield from (
+            ClientFailure(task.client, "its keys or shares were not there in time")
+            for task in tasks
+            if task not in asked
+        )
+        summed: set[str] = set()
+        epsilon = None
+        for result in self._engine.run_masked(asked, requests):
+            if isinstance(result, ClientFailure):
+                yield result
+            elif collector.add(result.party, result.payload):
+                self._num_bytes += len(result.payload)
+                summed |= set(result.clients)
+                epsilon = max(filter(None, (epsilon, result.epsilon)), default=None)
+            else:
+                yield from (ClientFailure(client, "its masked sum does not fit") for client in result.clients)
+        counts, numbers = collector.total(self._ask(collector.unmask(self._ask(collector.confirm()))))
+        clients = [task.client for task in tasks if task.client in summed]
+        mean = decode(encoding_of(self._config, about), clients, counts, numbers, tasks[0].adapter.with_tensors(shared))
+        yield replace(mean, epsilon=epsilon, num_bytes=self._num_bytes)
+
+    def _too_few(self, tasks: Sequence[ClientTask], num_parties: int) -> Iterator[ClientFailure]:
+        """Let a round go without its few clients, where nothing is told of it; otherwise it is the end.
+
+        With noise on the sums the round is the noise alone: whom the cohorts are of has nothing to do with anybody's
+        rows.
+        """
+        least = self._settings.min_parties
+        reason = f"a secure sum of {num_parties} parties, where [secure_aggregation] min_parties = {least}"
+        if self._config.privacy is None or self._config.privacy.at_clients:
+            raise RoundError(
+                f"Round {tasks[0].round_index + 1}: {reason}. Sample more clients. The checkpoint is intact."
+            )
+        for task in tasks:
+            yield ClientFailure(task.client, reason)
+
+    def _ask(self, requests: Mapping[str, Words]) -> Mapping[str, Words]:
+        answers = self._engine.exchange(requests)
+        self._num_bytes += sum(len(json.dumps(words)) for words in answers.values())
+        return answers
+
+
+def encoding_of(config: RunConfig, about: Mapping[str, Any]) -> Encoding:
+    """Return how clients write their updates in a round, `about` which a request says how many clients it has."""
+    mechanism = Mechanism.of(config, int(about["registered"]))
+    return Encoding.of(config, int(about["clients"]), 0.0 if mechanism is None else mechanism.noise_multiplier)
+
+
+def masked_sum(
+    config: RunConfig,
+    party: Party,
+    request: Words,
+    tasks: Sequence[ClientTask],
+    results: Iterable[ClientUpdate | ClientFailure],
+    draws: Draws,
+    *,
+    tells_losses: bool = True,
+) -> Iterator[MaskedSum | ClientFailure]:
+    """Yield why clients of a party fail, and the masked sum of the others, if there are any.
+
+    Raises:
+        MistrustError: the party does not go on with the round.
+    """
+    shared = config.aggregation.shared(tasks[0].round_index)
+    shapes = {name: tensor.shape for name, tensor in tasks[0].adapter.only(shared).items()}
+    total = PartySum(encoding_of(config, request), shapes, tells_losses)
+    by_client = {task.client: task for task in tasks}
+    for result in results:
+        if not isinstance(result, ClientFailure):
+            reason = unusable(by_client[result.client], result, shared)
+            if reason is None:
+                total.add(result)
+                continue
+            result = ClientFailure(result.client, reason)
+        yield result
+    if total.clients:
+        purpose = "share of noise", tasks[0].round_index, party.name
+        numbers = itertools.count()
+        payload = party.masked(request, total, lambda size: draws.uniform(size, *purpose, next(numbers)))
+        clients = [client for client in by_client if client in total.clients]
+        yield MaskedSum(party.name, clients, payload, total.epsilon)
+
+
+class SimulatedParties:
+    """The parties of a simulation: each client is one, and all are honest."""
+
+    def __init__(self, config: RunConfig, engine: Simulation) -> None:
+        self._config = config
+        self._engine = engine
+        self._draws = Draws(derive_seed(config.seed, "secure aggregation"))
+        self._identities = {client: Ed25519PrivateKey.generate() for client in engine.clients()}
+        public = {name: key.public_key().public_bytes_raw().hex() for name, key in self._identities.items()}
+        settings = config.secure_sums
+        assert settings is not None
+        self._parties = {
+            name: Party(name, key, lambda other, key: public[other] == key, settings.threshold, settings.min_parties)
+            for name, key in self._identities.items()
+        }
+
+    def clients(self) -> Mapping[str, int]:
+        return self._engine.clients()
+
+    def parties(self, tasks: Sequence[ClientTask]) -> dict[str, Sequence[ClientTask]]:
+        return {task.client: [task] for task in tasks}
+
+    def exchange(self, requests: Mapping[str, Words]) -> dict[str, Words]:
+        return {party: self._parties[party].answer(words) for party, words in requests.items()}
+
+    def run_masked(
+        self, tasks: Sequence[ClientTask], requests: Mapping[str, Words]
+    ) -> Iterator[MaskedSum | ClientFailure]:
+        by_client = {task.client: task for task in tasks}
+        for result in self._engine.run(tasks):
+            client = result.client
+            yield from masked_sum(
+                self._config, self._parties[client], requests[client], [by_client[client]], [result], self._draws
+            )
