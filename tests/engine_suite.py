@@ -584,3 +584,167 @@ def test_updates_of_many_megabytes(recipe: Path, sites: Sites, tmp_path: Path) -
     federated = federate(config, sites)
     assert_equal(federated, simulate(config, tmp_path / "store"))
     assert federated[1][0].bytes_up > 3 * 2 * sites.piece_bytes
+
+
+# ---------------------------------------------------------------------------------------------- secure aggregation
+
+SECURE = ("secure_aggregation.clip_norm=5", "secure_aggregation.max_weight=20")
+HIDDEN = ("privacy.mechanism=distributed", "privacy.noise_multiplier=0.5", "cohort.sampling=poisson", "cohort.size=3")
+
+
+@pytest.mark.parametrize(
+    "overrides",
+    [
+        (),
+        ("aggregation.name=fedit", "aggregation.weighting=tokens", "secure_aggregation.max_weight=200"),
+        ("aggregation.name=fed-sb", "aggregation.weighting=uniform"),
+        ("aggregation.name=fedsa-lora",),
+        ("secure_aggregation.clip_norm=0.001",),
+    ],
+    ids=lambda overrides: " ".join(overrides) or "fedit",
+)
+def test_secure_sums_are_those_of_the_simulation(
+    recipe: Path, sites: Sites, tmp_path: Path, overrides: tuple[str, ...]
+) -> None:
+    """To the bit: sums of integers do not depend on who adds up what, or in which order."""
+    assert_equal_sums(load(recipe, *SECURE, *overrides), sites, tmp_path)
+
+
+def test_a_site_with_several_clients_sends_one_sum(recipe: Path, sites: Sites, tmp_path: Path) -> None:
+    (record, *_) = assert_equal_sums(load(recipe, *SECURE), sites, tmp_path)
+    sites.become("b", "pair")
+    _, (paired, *_) = federate(load(recipe, *SECURE), sites)
+    assert (paired.cohort, paired.failures) == (["a", "b/1", "b/2", "c"], {})
+    assert paired.tokens > record.tokens
+
+
+def assert_equal_sums(config: RunConfig, sites: Sites, tmp_path: Path) -> list[RoundRecord]:
+    adapter, records = federate(config, sites)
+    simulated, expected = simulate(config, tmp_path / "store")
+    assert_same_bits(adapter, simulated)
+    for record, one in zip(records, expected, strict=True):
+        assert (record.cohort, record.failures, record.tokens) == (one.cohort, {}, one.tokens)
+        assert record.train_loss == pytest.approx(one.train_loss, abs=1e-5)
+        assert record.aggregation_loss is None
+        assert record.bytes_up > 0
+    return records
+
+
+def test_of_secure_sums_no_update_count_or_loss_leaves_a_site(recipe: Path, sites: Sites) -> None:
+    """What leaves it are public keys, encrypted shares, signatures, and numbers that look drawn at random."""
+    seen: dict[str, list[Header]] = {}
+    payloads: list[bytes] = []
+
+    def listen(site: str, header: Header, reply: tuple[Header, bytes]) -> tuple[Header, bytes]:
+        seen.setdefault(header["do"], []).append(reply[0])
+        if header["do"] in ("train", "get") and reply[1]:
+            payloads.append(reply[1])
+        return reply
+
+    sites.after = listen
+    _, records = federate(load(recipe, *SECURE, "rounds=1"), sites)
+    assert records[0].failures == {}
+    for hello in seen["hello"]:
+        assert set(hello.get("clients", {"": 1}).values()) == {1}, "how many rows there are is not told"
+        assert "held_out" not in hello
+    for news in seen["train"]:
+        for result in news.get("results", ()):
+            assert set(result) == {"client", "others", "num_examples", "size", "inline"}
+            assert result["num_examples"] == 0
+    told = {name for answer in seen["secure"] for name in answer["words"]}
+    assert told == {"cipher", "mask", "seed", "identity", "signature", "shares", "seeds", "privates"}
+    ones = np.unpackbits(np.frombuffer(b"".join(payloads), np.uint8)).mean()
+    assert abs(ones - 0.5) < 0.01
+
+
+@pytest.mark.parametrize("exchange", ["keys", "shares", "mask", "confirm", "unmask"])
+def test_a_site_that_is_lost_at_any_exchange_of_four(
+    recipe: Path, sites: Sites, monkeypatch: pytest.MonkeyPatch, exchange: str
+) -> None:
+    """Three of three parties are needed by default, so the threshold is lowered; the sum is that of the others."""
+    monkeypatch.setattr(remote_site, "RETRY_S", (0.01, 0.02))
+    options = (*SECURE, "rounds=1", "secure_aggregation.threshold=0.5", "secure_aggregation.min_parties=2")
+    for site in SITES:
+        sites.become(site, "two suffice")
+
+    def lose(site: str, header: Header) -> None:
+        asked = header["words"]["exchange"] if header["do"] == "secure" else "mask" if header["do"] == "train" else ""
+        if site == "c" and asked == exchange:
+            raise ChannelError("unplugged")
+
+    sites.before = lose
+    adapter, (record,) = federate(load(recipe, *options, "engine.absent_s=0.2"), sites)
+    sites.before = lambda site, header: None
+    if exchange in ("confirm", "unmask"):
+        assert record.failures == {}
+        everybody, _ = federate(load(recipe, *options), sites)
+        assert_same_bits(adapter, everybody)
+        return
+    assert list(record.failures) == ["c"]
+    others, (alone,) = federate(load(recipe, *options), sites, ["a", "b"])
+    assert alone.failures == {}
+    for name, tensor in others.tensors.items():  # of another grid: there are fewer clients
+        torch.testing.assert_close(adapter.tensors[name], tensor, rtol=1e-4, atol=1e-6)
+
+
+def test_below_the_threshold_a_secure_round_ends_the_run(
+    recipe: Path, sites: Sites, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(remote_site, "RETRY_S", (0.01, 0.02))
+
+    def lose(site: str, header: Header) -> None:
+        if site == "c" and header["do"] == "train":
+            raise ChannelError("unplugged")
+
+    sites.before = lose
+    with pytest.raises(RoundError, match="masked sums of 2 of 3 parties, and needs 3"):
+        federate(load(recipe, *SECURE, "engine.absent_s=0.2"), sites)
+
+
+def test_a_site_whose_worker_restarts_is_lost_to_the_round(recipe: Path, sites: Sites) -> None:
+    """Its keys are gone with it: nobody can make it mask twice under the same ones."""
+    options = (*SECURE, "rounds=2", "secure_aggregation.threshold=0.5", "secure_aggregation.min_parties=2")
+    for site in SITES:
+        sites.become(site, "two suffice")
+    restart_once(sites, "c", 0)
+    _, records = federate(load(recipe, *options), sites)
+    assert "has no keys of this round: it was started again meanwhile" in records[0].failures["c"]
+    assert records[1].failures == {}
+
+
+def test_a_site_that_takes_part_in_sums_alone(recipe: Path, sites: Sites) -> None:
+    sites.become("b", "sums only")
+    config = load(recipe)
+    missing = Remote(config, sites, SITES, expected_of(prepare_model(config))).join()
+    assert missing == {"b": "it refuses: it takes part only where the server sees sums alone. Use [secure_aggregation]"}
+    _, records = federate(load(recipe, *SECURE, "rounds=1"), sites)
+    assert records[0].failures == {}
+
+
+def test_a_site_that_wants_more_parties_than_there_are_is_lost(recipe: Path, sites: Sites) -> None:
+    sites.become("a", "wary")
+    with pytest.raises(RoundError, match="secure aggregation got shares of 2 of 3 parties"):
+        federate(load(recipe, *SECURE, "rounds=1"), sites)
+    assert "takes part with 4 parties or more, not 3" in json.dumps(list(sites.folder_of("a").logged()))
+
+
+def test_a_site_gives_no_plain_update_in_a_run_of_secure_sums(recipe: Path, sites: Sites) -> None:
+    """A server that forgets to mention masks gets nothing."""
+    config = load(recipe, *SECURE, "rounds=1")
+    prepared = prepare_model(config)
+    engine = Remote(config, sites, SITES, expected_of(prepared))
+    engine.join()
+    with pytest.raises(RoundError, match="secure aggregation in all that it asks for, or nowhere"):
+        train(config, engine, ServerState(0, prepared.initial), lambda state, record: None)
+
+
+def test_noise_in_shares_at_real_sites(recipe: Path, sites: Sites) -> None:
+    """Drawn from the operating system, so that no two runs are the same; each site logs what it costs."""
+    options = (*HIDDEN, "aggregation.name=fedit", "aggregation.weighting=uniform", "privacy.clip_norm=0.01", "rounds=2")
+    adapters = [federate(load(recipe, *options), sites)[0] for _ in range(2)]
+    assert any(not torch.equal(t, adapters[1].tensors[n]) for n, t in adapters[0].tensors.items())
+    sent = [line for line in sites.folder_of("a").logged() if line["event"] == "sent"]
+    assert all(line["masked"] and line["epsilon_against_server"] >= line["epsilon"] for line in sent)
+    assert [line["epsilon_against_server"] for line in sent[:2]] == sorted(
+        line["epsilon_against_server"] for line in sent[:2]
+    )

@@ -25,11 +25,12 @@ from fedit.engines.client_store import ClientStore
 from fedit.engines.courier import Courier
 from fedit.engines.remote import Remote
 from fedit.engines.remote_site import Transport
+from fedit.engines.secure import secured
 from fedit.engines.simulation import Simulation
 from fedit.engines.site import Worker
 from fedit.engines.site_folder import SiteFolder
 from fedit.federation import expected_of
-from fedit.interfaces import Adapter, derive_rng
+from fedit.interfaces import Adapter, Engine, derive_rng
 from fedit.prepare import prepare_data, prepare_model
 from fedit.server import RoundRecord, ServerState, train
 
@@ -68,6 +69,9 @@ KINDS = {
     "broken": ("broken.jsonl", ""),
     "poor": ("rows/{site}.jsonl", "memory_gb = 0.0001\n"),
     "silent": ("rows/{site}.jsonl", "[policy]\ncounts = false\nlosses = false\nevaluation = false\n"),
+    "sums only": ("rows/{site}.jsonl", "[policy]\nsums_only = true\n"),
+    "wary": ("rows/{site}.jsonl", "[policy]\nmin_parties = 4\n"),
+    "two suffice": ("rows/{site}.jsonl", "[policy]\nmin_parties = 2\n"),
     "small": ("rows/{site}.jsonl", "[policy]\nmax_message_mb = 0.001\n"),
 }
 """What a site may be: its rows, and the end of its site.toml"""
@@ -217,7 +221,7 @@ def simulate(config: RunConfig, store: Path) -> Finished:
     records: list[RoundRecord] = []
     state = ServerState(0, prepared.initial)
     noise = lambda round_index: derive_rng(config.seed, "privacy", round_index).standard_normal
-    state = train(config, engine, state, lambda state, record: records.append(record), noise)
+    state = train(config, _shown(config, engine), state, lambda state, record: records.append(record), noise)
     return state.adapter, records
 
 
@@ -228,8 +232,12 @@ def federate(config: RunConfig, sites: Transport, names: Sequence[str] = SITES, 
     engine.join()
     records: list[RoundRecord] = []
     state = ServerState(0, prepared.initial)
-    state = train(config, engine, state, lambda state, record: records.append(record))
+    state = train(config, _shown(config, engine), state, lambda state, record: records.append(record))
     return state.adapter, records
+
+
+def _shown(config: RunConfig, engine: Simulation | Remote) -> Engine:
+    return engine if config.secure_sums is None else secured(config, engine)
 
 
 def load(recipe: Path, *overrides: str) -> RunConfig:

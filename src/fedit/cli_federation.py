@@ -251,6 +251,20 @@ def start(folder: Path, /) -> None:
     _until_interrupted(lambda stopped: deployment.start_site(folder, stopped))
 
 
+@site_app.command
+def identity(folder: Path, /, *, as_json: AsJson = False) -> None:
+    """Show what other sites know this one by in secure aggregation: it goes under [peers] of site.toml."""
+    from fedit.engines.identities import own_identity, public_identity
+    from fedit.engines.site_folder import SiteFolder
+
+    site = SiteFolder.read(folder)
+    public = public_identity(own_identity(site.path))
+    if as_json:
+        print_json({site.name: public})
+    else:
+        say(f'{site.name} = "{public}"')
+
+
 @site_app.command(name="log")
 def show_log(folder: Path, /, *, as_json: AsJson = False) -> None:
     """Show what this site was asked and what it sent."""

@@ -194,9 +194,9 @@ def _shown_to_server(config: RunConfig, engine: Simulation) -> Engine:
     """Return what the server sees of the clients: each of them, or sums alone."""
     if config.secure_sums is None:
         return engine
-    from fedit.engines.secure import SecureAggregation, SimulatedParties
+    from fedit.engines.secure import secured
 
-    return SecureAggregation(config, SimulatedParties(config, engine))
+    return secured(config, engine)
 
 
 def _keeps_factors(config: RunConfig) -> bool:

@@ -115,8 +115,8 @@ class RunConfig(Table):
         if self.privacy is not None:
             self.privacy.check(self)
         if (secure := self.secure_sums) is not None:
-            secure.check(self)
             self._check_merging("secure aggregation adds up what clients send")
+            secure.check(self)
 
     @property
     def secure_sums(self) -> SecureAggregationConfig | None:

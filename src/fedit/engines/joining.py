@@ -5,11 +5,11 @@ from __future__ import annotations
 import importlib.metadata
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 
-from fedit.config import RunConfig
+from fedit.config import RunConfig, SecureAggregationConfig
 from fedit.engines.channel import Header
 from fedit.engines.client_store import ClientStore
 from fedit.engines.messages import digests
@@ -21,6 +21,9 @@ from fedit.model import StackedModel
 from fedit.prepare import prepare_model, prepare_site
 from fedit.privacy import Draws
 
+if TYPE_CHECKING:
+    from fedit.secure.party import Party
+
 
 @dataclass(frozen=True, eq=False)
 class Joined:
@@ -31,6 +34,9 @@ class Joined:
     clients: Mapping[str, Sequence[EncodedExample]]
     test: Sequence[EncodedExample]
     engine: Simulation
+    store: ClientStore
+    party: Party | None
+    """Its part in secure aggregation"""
     initial: Adapter
     answer: Header
     cleaning: Mapping[str, Any]
@@ -56,6 +62,9 @@ def join_run(
     version = importlib.metadata.version("fedit")
     if version != expected["fedit"]:
         raise RefusalError(f"fedit {version} is installed here, the server has {expected['fedit']}")
+    secure, policy = described.secure_sums, folder.config.policy
+    if secure is None and policy.sums_only:
+        raise RefusalError("it takes part only where the server sees sums alone. Use [secure_aggregation]")
     if described.attack is not None:
         raise RefusalError("[attack] is for simulations: clients of a real federation act for themselves")
     config = folder.localise(described)
@@ -71,7 +80,7 @@ def join_run(
     data = started.with_margins(config, data)
     store = ClientStore(folder.state_of(run), described.digest())
     engine = Simulation(config, started.model, data.clients, store, on_step, Draws(None))
-    counts = folder.config.policy.counts and described.privacy is None
+    counts = policy.counts and described.privacy is None and secure is None
     answer = {
         "clients": {client: len(rows) if counts else 1 for client, rows in data.clients.items()},
         "initial": digests(started.initial.tensors),
@@ -84,5 +93,23 @@ def join_run(
     if counts:
         answer["held_out"] = len(data.test)
     return Joined(
-        config, started.model, data.clients, data.test, engine, started.initial, answer, data.summary["cleaning"]
+        config=config,
+        model=started.model,
+        clients=data.clients,
+        test=data.test,
+        engine=engine,
+        store=store,
+        party=None if secure is None else _party(folder, secure),
+        initial=started.initial,
+        answer=answer,
+        cleaning=data.summary["cleaning"],
     )
+
+
+def _party(folder: SiteFolder, settings: SecureAggregationConfig) -> Party:
+    """Return what the site is in secure aggregation."""
+    from fedit.engines.identities import KnownSites, own_identity
+    from fedit.secure.party import Party
+
+    least = max(settings.min_parties, folder.config.policy.min_parties)
+    return Party(folder.name, own_identity(folder.path), KnownSites(folder).knows, settings.threshold, least)

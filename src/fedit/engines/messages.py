@@ -104,6 +104,11 @@ def pack_adapter(
     return packed, {"key": packed.key, "layout": packed.layout, "rank": adapter.rank, "alpha": adapter.lora_alpha}
 
 
+def result_name(adapter_key: str, masks: Mapping[str, Any] | None) -> str:
+    """Return the name of what is made of an adapter: under masks it is another in every session."""
+    return adapter_key if masks is None else f"{adapter_key}/{masks['session']}"
+
+
 class Packer:
     """Packs what sites are sent once for all sites that lack the same, and keeps it until others are wanted."""
 

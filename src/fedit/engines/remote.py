@@ -27,6 +27,7 @@ from fedit.engines.channel import Header
 from fedit.engines.messages import Packer
 from fedit.engines.remote_site import IN_ANOTHER, LONGEST_CALL_S, Answer, RemoteSite, SiteError, Transport
 from fedit.interfaces import Adapter, ClientFailure, ClientTask, ClientUpdate, EngineError
+from fedit.secure.encoding import MaskedSum
 
 log = logging.getLogger(__name__)
 
@@ -100,21 +101,7 @@ class Remote:
         """Yield the results in the order of `tasks`, so that an update that is too long for an answer is fetched when
         its turn has come: one is in memory at a time.
         """
-        deadline = time.monotonic() + self._config.engine.deadline_s
-        self._packer.forget_others([task.adapter for task in tasks])
-        by_site: dict[str, list[ClientTask]] = defaultdict(list)
-        for task in tasks:
-            by_site[self._site_of[task.client]].append(task)
-        answers: dict[str, queue.Queue[Answer]] = {task.client: queue.Queue() for task in tasks}
-        for site, its_tasks in by_site.items():
-            self._sites[site].begin(its_tasks, answers, deadline)
-        for task in tasks:
-            try:  # a site's thread ends a call's length after the deadline
-                answer = answers[task.client].get(timeout=max(0.0, deadline - time.monotonic()) + 2 * LONGEST_CALL_S)
-            except queue.Empty:
-                answer = ClientFailure(task.client, "no answer")
-            if answer is IN_ANOTHER:
-                continue
+        for task, answer in self._answers(tasks, {}):
             if isinstance(answer, ClientFailure):
                 yield answer
                 continue
@@ -122,6 +109,63 @@ class Remote:
             yield result
             if isinstance(result, ClientFailure):
                 yield from (ClientFailure(other, result.reason) for other in answer[0]["others"])
+
+    def parties(self, tasks: Sequence[ClientTask]) -> Mapping[str, Sequence[ClientTask]]:
+        """Return the tasks of each site: it is one party of secure aggregation."""
+        by_site: dict[str, list[ClientTask]] = defaultdict(list)
+        for task in tasks:
+            by_site[self._site_of[task.client]].append(task)
+        return by_site
+
+    def exchange(self, requests: Mapping[str, Header]) -> Mapping[str, Header]:
+        """Return the sites' answers to an exchange of secure aggregation; who cannot be reached within `absent_s`, or
+        does not go on, is left out.
+        """
+        deadline = time.monotonic() + self._config.engine.absent_s
+        answers: dict[str, Header] = {}
+
+        def ask(site: RemoteSite) -> None:
+            try:
+                answers[site.name] = site.exchange(requests[site.name], deadline)
+            except SiteError as error:
+                log.warning("site %s is lost to this round: %s", site.name, error)
+            except Exception:  # whatever it sends
+                log.exception("site %s is lost to this round", site.name)
+
+        _in_threads(ask, [self._sites[name] for name in requests])
+        return {name: answers[name] for name in requests if name in answers}
+
+    def run_masked(
+        self, tasks: Sequence[ClientTask], requests: Mapping[str, Header]
+    ) -> Iterator[MaskedSum | ClientFailure]:
+        """Yield the sites' masked sums, in the order of `tasks`."""
+        for task, answer in self._answers(tasks, requests):
+            if isinstance(answer, ClientFailure):
+                yield answer
+                continue
+            site, clients = self._site_of[task.client], [task.client, *answer[0]["others"]]
+            payload = self._sites[site].fetch(task, answer)
+            if isinstance(payload, ClientFailure):
+                yield from (ClientFailure(client, payload.reason) for client in clients)
+            else:
+                yield MaskedSum(site, clients, payload)
+
+    def _answers(
+        self, tasks: Sequence[ClientTask], masks: Mapping[str, Header]
+    ) -> Iterator[tuple[ClientTask, ClientFailure | tuple[Header, bytes | None]]]:
+        """Yield what the sites answer for each task, in their order; tasks that another's answer is of are left out."""
+        deadline = time.monotonic() + self._config.engine.deadline_s
+        self._packer.forget_others([task.adapter for task in tasks])
+        answers: dict[str, queue.Queue[Answer]] = {task.client: queue.Queue() for task in tasks}
+        for site, its_tasks in self.parties(tasks).items():
+            self._sites[site].begin(its_tasks, answers, deadline, masks.get(site))
+        for task in tasks:
+            try:  # a site's thread ends a call's length after the deadline
+                answer = answers[task.client].get(timeout=max(0.0, deadline - time.monotonic()) + 2 * LONGEST_CALL_S)
+            except queue.Empty:
+                answer = ClientFailure(task.client, "no answer")
+            if answer is not IN_ANOTHER:
+                yield task, answer
 
     def evaluate(self, adapter: Adapter, round_index: int, step: bytes = b"") -> dict[str, tuple[float, int]]:
         """Return each site's mean held-out loss per response token, nats, and the number of these tokens; sites that

@@ -11,10 +11,10 @@ from collections import defaultdict
 from collections.abc import Iterator, Mapping, Sequence
 from typing import Any, Protocol
 
-from fedit.codec import upload_codec
+from fedit.codec import Message, upload_codec
 from fedit.config import RunConfig
 from fedit.engines.channel import ChannelError, Header
-from fedit.engines.messages import LARGEST, Packed, Packer, pack_step, unpack_update
+from fedit.engines.messages import LARGEST, Packed, Packer, pack_step, result_name, unpack_update
 from fedit.interfaces import Adapter, ClientFailure, ClientTask, ClientUpdate, EngineError
 
 log = logging.getLogger(__name__)
@@ -84,6 +84,8 @@ class RemoteSite:
         self._tuning: threading.Thread | None = None
         self._num_restarts = 0
         """Of its worker, in this round"""
+        self._masks: Header | None = None
+        """What it masks its clients' sum by in this round"""
         self._initial: dict[str, str] = {}
         self._groups: dict[str, Sequence[ClientTask]] = {}
         """The tasks that a client's were asked with"""
@@ -114,9 +116,24 @@ class RemoteSite:
         self.clients = clients
         self.described = {**answer, "clock_ahead_s": float(answer.pop("clock")) - time.time()}
 
-    def begin(self, tasks: Sequence[ClientTask], answers: Mapping[str, queue.Queue[Answer]], deadline: float) -> None:
-        """Let a thread put a result for each of `tasks` into its queue."""
+    def exchange(self, words: Header, deadline: float) -> Header:
+        """Return the site's answer to an exchange of secure aggregation.
+
+        Raises:
+            SiteError: it does not go on, cannot be reached, or was not there in time.
+        """
+        return self._ask({"do": "secure", "words": words}, b"", deadline)[0]["words"]
+
+    def begin(
+        self,
+        tasks: Sequence[ClientTask],
+        answers: Mapping[str, queue.Queue[Answer]],
+        deadline: float,
+        masks: Header | None = None,
+    ) -> None:
+        """Let a thread put a result for each of `tasks` into its queue; with `masks`, one of their masked sum."""
         self._num_restarts = 0
+        self._masks = masks
         self._tuning = threading.Thread(target=self._tune, args=(tasks, answers, deadline), daemon=True)
         self._tuning.start()
 
@@ -149,18 +166,28 @@ class RemoteSite:
     def _check_others(self, client: str, others: Sequence[str], asked: Sequence[str]) -> None:
         """Refuse an update that stands for other clients than the site may speak for; the first of them sends it."""
         stands_for = [name for name in asked if name == client or name in others]
-        if not self._config.engine.merge_clients or stands_for != [client, *others]:
+        merges = self._config.engine.merge_clients or self._masks is not None
+        if not merges or stands_for != [client, *others]:
             raise SiteError("its update stands for clients that were not asked for one, or have answered")
 
     def receive(self, task: ClientTask, answer: tuple[Header, bytes | None]) -> Result:
         """Return the update that `answer` announces; what has not come along is fetched."""
-        about, message = answer
+        about, _ = answer
         received = task.adapter
         if about.get("rank") == (kept_rank := self._config.objective.kept_rank(received.rank)):
             received = received.cut(kept_rank)
         shared = received.only(self._config.aggregation.shared(task.round_index))
         shapes = {name: tensor.shape for name, tensor in shared.items()}
-        most = 8 * sum(shape.numel() for shape in shapes.values()) + (1 << 16)
+        message = self.fetch(task, answer)
+        if isinstance(message, ClientFailure):
+            return message
+        return unpack_update(about, message, task, shapes, self._codec)
+
+    def fetch(self, task: ClientTask, answer: tuple[Header, bytes | None]) -> Message | ClientFailure:
+        """Return the message that `answer` announces, of an update or a masked sum; what is missing is fetched."""
+        about, message = answer
+        shared = task.adapter.only(self._config.aggregation.shared(task.round_index))
+        most = 8 * sum(tensor.numel() for tensor in shared.values()) + (1 << 16)
         try:
             size = int(about["size"])
             if size > 2 * most:
@@ -172,7 +199,7 @@ class RemoteSite:
         except Exception as error:  # whatever a site sends, the round goes on without it
             log.exception("site %s", self.name)
             return ClientFailure(task.client, f"its answer cannot be used ({type(error).__name__})")
-        return unpack_update(about, message, task, shapes, self._codec)
+        return message
 
     def evaluate(
         self, adapter: Adapter, round_index: int, deadline: float, step: bytes = b""
@@ -199,6 +226,8 @@ class RemoteSite:
             "merge": self._config.engine.merge_clients,
             "epsilon": tasks[0].epsilon,
         }
+        if self._masks is not None:
+            request["secure"] = self._masks
         yield from self._news(request, packed, deadline, tasks[0].step)
 
     def _news(self, request: Header, packed: Packed, deadline: float, step: bytes) -> Iterator[Answer]:
@@ -253,7 +282,7 @@ class RemoteSite:
     def _fetch(self, task: ClientTask, about: Header, size: int, deadline: float) -> bytearray:
         """Return an update's message piece by piece; a worker that was restarted tunes the client again."""
         message = bytearray()
-        key = self._packer.pack(task.adapter, task.control, self._initial)[0].key
+        key = result_name(self._packer.pack(task.adapter, task.control, self._initial)[0].key, self._masks)
         while len(message) < size:
             self._check(deadline)
             request = {

@@ -10,36 +10,27 @@ import itertools
 import json
 import secrets
 from collections.abc import Iterable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from typing import Any, Protocol
 
 from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PrivateKey
 
-from fedit.codec import Message
 from fedit.config import RunConfig
 from fedit.engines.simulation import Simulation
-from fedit.interfaces import ClientFailure, ClientTask, ClientUpdate, Engine, RoundError, derive_seed
+from fedit.interfaces import ClientFailure, ClientTask, ClientUpdate, RoundError, derive_seed
 from fedit.privacy import Draws, Mechanism
 from fedit.secure.collector import Collector
-from fedit.secure.encoding import Encoding, PartySum, decode
+from fedit.secure.encoding import Encoding, MaskedSum, PartySum, decode
 from fedit.secure.party import Party, Words
 from fedit.server import unusable
 
 
-@dataclass(frozen=True, eq=False)
-class MaskedSum:
-    """What a party sends in place of its clients' updates."""
+class Parties(Protocol):
+    """Clients that belong to parties which take part in secure aggregation."""
 
-    party: str
-    clients: Sequence[str]
-    """Whose updates it is the sum of, in the order of the tasks"""
-    payload: Message
-    epsilon: float | None = None
-    """The largest that the clients' own noise has cost one of them; a real party does not tell."""
-
-
-class Parties(Engine, Protocol):
-    """An engine whose clients belong to parties that take part in secure aggregation."""
+    def clients(self) -> Mapping[str, int]:
+        """Every registered client, as an `Engine` has them."""
+        ...
 
     def parties(self, tasks: Sequence[ClientTask]) -> Mapping[str, Sequence[ClientTask]]:
         """Return the tasks of each party."""
@@ -96,20 +87,20 @@ class SecureAggregation:
             if task not in asked
         )
         summed: set[str] = set()
-        epsilon = None
+        known: list[MaskedSum] = []
         for result in self._engine.run_masked(asked, requests):
             if isinstance(result, ClientFailure):
                 yield result
             elif collector.add(result.party, result.payload):
                 self._num_bytes += len(result.payload)
                 summed |= set(result.clients)
-                epsilon = max(filter(None, (epsilon, result.epsilon)), default=None)
+                known.append(replace(result, payload=b""))
             else:
                 yield from (ClientFailure(client, "its masked sum does not fit") for client in result.clients)
         counts, numbers = collector.total(self._ask(collector.unmask(self._ask(collector.confirm()))))
         clients = [task.client for task in tasks if task.client in summed]
         mean = decode(encoding_of(self._config, about), clients, counts, numbers, tasks[0].adapter.with_tensors(shared))
-        yield replace(mean, epsilon=epsilon, num_bytes=self._num_bytes)
+        yield replace(_as_known(mean, known), num_bytes=self._num_bytes)
 
     def _too_few(self, tasks: Sequence[ClientTask], num_parties: int) -> Iterator[ClientFailure]:
         """Let a round go without its few clients, where nothing is told of it; otherwise it is the end.
@@ -130,6 +121,16 @@ class SecureAggregation:
         answers = self._engine.exchange(requests)
         self._num_bytes += sum(len(json.dumps(words)) for words in answers.values())
         return answers
+
+
+def _as_known(mean: ClientUpdate, sums: Sequence[MaskedSum]) -> ClientUpdate:
+    """Return the mean with what is known of the clients without being told."""
+    num_tokens = sum(total.num_tokens for total in sums)
+    epsilon = max((total.epsilon for total in sums if total.epsilon is not None), default=None)
+    if not num_tokens:
+        return mean
+    loss = sum(total.loss_sum for total in sums) / num_tokens
+    return replace(mean, epsilon=epsilon, num_tokens=num_tokens, loss=loss)
 
 
 def encoding_of(config: RunConfig, about: Mapping[str, Any]) -> Encoding:
@@ -170,7 +171,7 @@ def masked_sum(
         numbers = itertools.count()
         payload = party.masked(request, total, lambda size: draws.uniform(size, *purpose, next(numbers)))
         clients = [client for client in by_client if client in total.clients]
-        yield MaskedSum(party.name, clients, payload, total.epsilon)
+        yield MaskedSum(party.name, clients, payload, total.epsilon, total.num_tokens, total.loss_sum)
 
 
 class SimulatedParties:
@@ -207,3 +208,8 @@ class SimulatedParties:
             yield from masked_sum(
                 self._config, self._parties[client], requests[client], [by_client[client]], [result], self._draws
             )
+
+
+def secured(config: RunConfig, engine: Simulation | Parties) -> SecureAggregation:
+    """Return what the server sees of an engine's clients where it is to see sums alone."""
+    return SecureAggregation(config, SimulatedParties(config, engine) if isinstance(engine, Simulation) else engine)

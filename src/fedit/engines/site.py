@@ -27,8 +27,9 @@ from fedit.config import RunConfig, load_plugins, parse_config
 from fedit.engines.channel import Header, serve
 from fedit.engines.inbox import Inbox, Taken
 from fedit.engines.joining import Joined, RefusalError, join_run
-from fedit.engines.messages import apply_step, pack_update, unpack_adapter
+from fedit.engines.messages import apply_step, pack_update, result_name, unpack_adapter
 from fedit.engines.site_folder import SiteFolder
+from fedit.engines.site_sums import answer_exchange, masked_answers
 from fedit.evaluation.heldout import mean_loss
 from fedit.interfaces import Adapter, ClientFailure, ClientTask, ClientUpdate, ConfigError, FeditError
 from fedit.logs import log_to_stderr
@@ -57,7 +58,7 @@ class _Job:
     @property
     def key(self) -> tuple[Any, ...]:
         clients = tuple(self.request.get("clients", ()))
-        return self.request["do"], self.request["round"], self.request["adapter"]["key"], clients
+        return self.request["do"], self.request["round"], self.name, clients
 
     @property
     def done(self) -> set[str]:
@@ -70,13 +71,18 @@ class _Job:
         return int(self.request["round"]), self.request["do"] == "evaluate"
 
     @property
+    def name(self) -> str:
+        """Of what its clients' results are kept under: the received adapter, and the masks."""
+        return result_name(self.request["adapter"]["key"], self.request.get("secure"))
+
+    @property
     def keys(self) -> list[_ResultKey]:
         """What its clients' results are kept under."""
-        return [(self.request["round"], self.request["adapter"]["key"], c) for c in self.request.get("clients", ())]
+        return [(self.request["round"], self.name, client) for client in self.request.get("clients", ())]
 
 
 _ResultKey = tuple[int, str, str]
-"""Round, name of the received adapter, client"""
+"""Round, name of what it was made of, client"""
 
 
 class Worker:
@@ -110,6 +116,7 @@ class Worker:
             "train": self._news,
             "evaluate": self._news,
             "get": self._get,
+            "secure": self._exchange,
         }
         do = header.get("do")
         if do not in answers:
@@ -186,6 +193,10 @@ class Worker:
             return {"gone": True}, b""
         offset = max(0, int(header["offset"]))
         return {}, bytes(found[1][offset : offset + max(0, int(header["bytes"]))])
+
+    def _exchange(self, header: Header, blob: bytes) -> Reply:
+        assert self._joined is not None  # `handle` sees to it
+        return answer_exchange(self._joined.party, header["words"], self._note), b""
 
     # -------------------------------------------------------------------------------------------------------- work
 
@@ -297,6 +308,10 @@ class Worker:
         ]
         for client in about["clients"].keys() - joined.clients.keys():
             self._finish(job, {"client": client, "failure": "this site has no such client"}, b"")
+        if joined.party is not None or "secure" in about:
+            for header, message in masked_answers(joined, self._policy, about, tasks, self._note):
+                self._finish(job, header, message)
+            return
         merged = Merged(getattr(joined.config.aggregation, "weighting", "uniform")) if about.get("merge") else None
         for result in joined.engine.run(tasks) if tasks else ():
             if isinstance(result, ClientFailure):
@@ -343,7 +358,7 @@ class Worker:
         with self._changed:
             job.results.append((about, message))
             if job.request["do"] == "train" and "failure" not in about:
-                key = job.request["round"], job.request["adapter"]["key"], about["client"]
+                key = job.request["round"], job.name, about["client"]
                 self._finished[key] = about, message
             self._changed.notify_all()
 

@@ -8,7 +8,7 @@ import tomllib
 from collections.abc import Iterator, Sequence
 from datetime import UTC, datetime
 from pathlib import Path
-from typing import Any, Literal
+from typing import Annotated, Any, Literal
 
 from pydantic import Field, ValidationError
 
@@ -31,6 +31,10 @@ class SitePolicy(Table):
     """The training loss and the number of tokens trained on"""
     evaluation: bool = True
     """The loss of the global adapter on the site's held-out rows"""
+    sums_only: bool = False
+    """Take part in runs alone whose server sees no more than sums of sites ([secure_aggregation])"""
+    min_parties: int = Field(default=3, ge=2)
+    """Sites that such a sum is of at least; a run can ask for more, not for fewer"""
     max_message_mb: float = Field(default=4096.0, gt=0)
     """The longest message that is taken from the server, in 10^6 bytes"""
 
@@ -54,6 +58,9 @@ class SiteConfig(Table):
     """The folder of the base here; without it the path, or Hub name, that the run says"""
     device: str = "auto"
     memory_gb: float | None = Field(default=None, gt=0)
+    peers: dict[str, Annotated[str, Field(pattern="^[0-9a-f]{64}$")]] = Field(default_factory=dict)
+    """The identities of the other sites (`fedit site identity`), by name: secure aggregation is done with these alone.
+    Without them each site's first identity is remembered, and no other taken for it."""
     policy: SitePolicy = SitePolicy()
 
 

@@ -5,8 +5,8 @@ With C the clip norm, W the largest weight, K the clients of the round and D the
     q = round( min(1, C / ||x||) x * min(w, W) / (W D) ),      D = 2 R / 2^32
 
 so that whatever K clients send, no number of their sum leaves [-R, R], and it is decoded without loss. R is K C, and 20
-times the noise. What rounding loses is D / 2 for each client and number at most, that is 2.3e-10 K C without noise. With
-noise it is towards zero, so that ||q|| D <= C.
+times the noise. What rounding loses is D / 2 for each client and number at most, that is 2.3e-10 K C without noise.
+With noise it is towards zero, so that ||q|| D <= C.
 
 Noise (*distributed* differential privacy): each of the parties adds discrete Gaussian noise of variance (z C)^2 / t on
 the grid, t of them being enough for a sum. Such sums are discrete Gaussian again but for exp(-pi^2 s^2), s being the
@@ -23,6 +23,7 @@ from typing import TYPE_CHECKING
 import numpy as np
 import torch
 
+from fedit.codec import Message
 from fedit.config import RunConfig
 from fedit.interfaces import Adapter, ClientUpdate, ConfigError, RoundError
 from fedit.privacy import clip
@@ -64,7 +65,7 @@ class Encoding:
         bound = secure.clip_norm_of(run)
         largest = bound * (num_clients + 20 * noise)
         weighting = getattr(run.aggregation, "weighting", "uniform")
-        max_weight = 1 if weighting == "uniform" else secure.max_weight
+        max_weight = 1 if weighting == "uniform" else secure.max_weight or 1
         return cls(bound, max_weight, 2 * largest / 2**32, weighting, noise, run.privacy is not None)
 
     def weight_of(self, result: ClientUpdate) -> int:
@@ -81,7 +82,7 @@ class Encoding:
         deviation = self.noise * self.clip_norm / self.step / math.sqrt(threshold)
         if 0 < deviation < FINEST:
             raise ConfigError(
-                f"secure aggregation: a grid on which a share of the noise is {deviation:.0f} steps wide is too coarse: "
+                f"secure aggregation: the grid is too coarse, a share of the noise is {deviation:.0f} steps wide: "
                 f"expected {FINEST:.0f} or more. Sample fewer clients in a round."
             )
         return deviation
@@ -100,6 +101,9 @@ class PartySum:
     counts: np.ndarray = field(default_factory=lambda: np.zeros(len(COUNTS), "<u8"))
     epsilon: float | None = None
     """The largest that the clients' own noise has cost one of them; it is not sent."""
+    num_tokens: int = 0
+    loss_sum: float = 0.0
+    """Of these tokens, nats; neither is sent but among the counts"""
 
     def __post_init__(self) -> None:
         self.numbers = np.zeros(sum(shape.numel() for shape in self.shapes.values()), "<u4")
@@ -123,6 +127,8 @@ class PartySum:
                 told[4:] = result.num_tokens, min(2**53, round(max(0.0, result.loss) * result.num_tokens / LOSS_STEP))
         self.counts += np.array(told, "<u8")
         self.clients.append(result.client)
+        self.num_tokens += result.num_tokens
+        self.loss_sum += result.loss * result.num_tokens
         if result.epsilon is not None:
             self.epsilon = max(result.epsilon, self.epsilon or 0.0)
 
@@ -134,6 +140,21 @@ class PartySum:
         for start in range(0, len(self.numbers), 1 << 20):
             part = self.numbers[start : start + (1 << 20)]
             part += discrete_gaussian(deviation, len(part), uniform).astype("<u4")
+
+
+@dataclass(frozen=True, eq=False)
+class MaskedSum:
+    """What a party sends in place of its clients' updates."""
+
+    party: str
+    clients: Sequence[str]
+    """Whose updates it is the sum of, in the order of the tasks"""
+    payload: Message
+    epsilon: float | None = None
+    """The largest that the clients' own noise has cost one of them"""
+    num_tokens: int = 0
+    loss_sum: float = 0.0
+    """Of these tokens, nats. A simulation shows all three; a real party tells none of them."""
 
 
 def decode(
