@@ -5,16 +5,17 @@ over all pairs of tokens, of which nearly all are forbidden; here rows of like l
 CPU, each block of queries multiplies only the keys that it may see: torch's fused kernels lose to plain products there,
 and transformers' plain attention works on whole squares in float32. Probabilities are kept for the backward pass in the
 activations' own precision, with the rounding of plain attention; they are half a square per head, so that rows beyond
-`LONGEST` are left to torch. docs/log.md has the times.
+`LONGEST` are left to torch. docs/log.md has the times. On a GPU, torch's flash attention takes packed rows as they are.
 """
 
 from __future__ import annotations
 
+import functools
 import inspect
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from types import ModuleType
-from typing import Any, TypeGuard
+from typing import Any, TypeGuard, cast
 
 import numpy as np
 import torch
@@ -94,13 +95,37 @@ def group_rows(starts: Sequence[int], lengths: Sequence[int], device: torch.devi
     return groups
 
 
-def as_mask(groups: list[RowGroup], device: torch.device) -> Tensor:
+@dataclass(frozen=True, eq=False)
+class PackedRows:
+    """Where the rows of a packed batch stand, in the form that an attention wants."""
+
+    starts: Sequence[int]
+    lengths: Sequence[int]
+    num_tokens: int
+    """Of the batch, what fills it up included"""
+    device: torch.device
+
+    @functools.cached_property
+    def groups(self) -> list[RowGroup]:
+        return group_rows(self.starts, self.lengths, self.device)
+
+    @functools.cached_property
+    def bounds(self) -> tuple[Tensor, int]:
+        """Where each row begins and the last ends, int32 [R + 1], and the longest distance.
+
+        What fills the batch up counts as the end of the row in front of it, whose own tokens do not see it.
+        """
+        bounds = np.unique(np.asarray([0, *self.starts, self.num_tokens], dtype=np.int32))
+        return torch.from_numpy(bounds).to(self.device), int(np.diff(bounds).max())
+
+
+def as_mask(rows: PackedRows) -> Tensor:
     """Return what a packed batch passes as its attention mask.
 
-    transformers hands a mask of four dimensions on to the attention as it is; this one is empty and carries the groups.
+    transformers hands a mask of four dimensions on to the attention as it is; this one is empty and carries the rows.
     """
-    mask = torch.empty(1, 1, 0, 0, device=device)
-    mask.row_groups = groups  # pyright: ignore[reportAttributeAccessIssue]
+    mask = torch.empty(1, 1, 0, 0, device=rows.device)
+    mask.packed_rows = rows  # pyright: ignore[reportAttributeAccessIssue]
     return mask
 
 
@@ -121,7 +146,7 @@ def _attend(
     Shapes: query [R, H, T, D], key and value [R, G, T, D] with H a multiple of G; the result is [R, T, H, D]. A packed
     batch is one row.
     """
-    groups: list[RowGroup] | None = getattr(attention_mask, "row_groups", None)
+    rows: PackedRows | None = getattr(attention_mask, "packed_rows", None)
     plain = (
         1 < query.shape[2] == key.shape[2]
         and options.get("is_causal") is not False
@@ -130,15 +155,65 @@ def _attend(
         and all(options.get(name) is None for name in ("softcap", "position_bias", "s_aux", "indices", "cache"))
     )
     scale = query.shape[-1] ** -0.5 if scaling is None else scaling
-    if groups is not None:
+    if rows is not None:
         if not plain:
             raise EngineError(
                 f"{type(module).__name__} asks for more than plain causal attention: not for packed rows."
             )
-        return _attend_packed(query, key, value, scale, groups), None
+        if _has_flash(query, value):
+            return _attend_flash(query, key, value, scale, *rows.bounds), None
+        return _attend_packed(query, key, value, scale, rows.groups), None
     if plain and attention_mask is None and query.device.type == "cpu" and query.shape[2] <= LONGEST:
         return BlockedCausalAttention.apply(query, key, value, scale, None), None
     return sdpa_attention_forward(module, query, key, value, attention_mask, scaling=scaling, **options)
+
+
+def _has_flash(query: Tensor, value: Tensor) -> bool:
+    """Tell whether torch's flash attention for rows of any length does these; it has no float32."""
+    width = query.shape[-1]
+    return (
+        query.device.type == "cuda"
+        and query.dtype in {torch.bfloat16, torch.float16}
+        and width == value.shape[-1]
+        and width % 8 == 0
+        and width <= 256
+        and _is_ampere(query.device)
+        and _varlen_attention() is not None
+    )
+
+
+@functools.cache
+def _is_ampere(device: torch.device) -> bool:
+    return torch.version.hip is None and torch.cuda.get_device_capability(device) >= (8, 0)
+
+
+@functools.cache
+def _varlen_attention() -> tuple[Callable[..., Tensor], bool] | None:
+    """Return torch's function, and whether it lets heads share keys; None where it cannot do what is asked of it."""
+    try:
+        from torch.nn.attention.varlen import varlen_attn
+    except ImportError:
+        return None
+    parameters = inspect.signature(varlen_attn).parameters
+    if not {"scale", "window_size"} <= parameters.keys():  # torch 2.10
+        return None
+    return cast("Callable[..., Tensor]", varlen_attn), "enable_gqa" in parameters
+
+
+def _attend_flash(query: Tensor, key: Tensor, value: Tensor, scaling: float, bounds: Tensor, longest: int) -> Tensor:
+    found = _varlen_attention()
+    assert found is not None
+    attend, can_share = found
+    queries, keys, values = (x[0].transpose(0, 1) for x in (query, key, value))
+    shared, options = queries.shape[1] // keys.shape[1], dict[str, bool]()
+    if shared > 1 and can_share:
+        options["enable_gqa"] = True
+    elif shared > 1:
+        keys, values = (x.repeat_interleave(shared, dim=1) for x in (keys, values))
+    causal = (-1, 0)
+    return attend(
+        queries, keys, values, bounds, bounds, longest, longest, scale=scaling, window_size=causal, **options
+    )[None]
 
 
 def _attend_packed(query: Tensor, key: Tensor, value: Tensor, scaling: float, groups: list[RowGroup]) -> Tensor:

@@ -16,7 +16,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from fedit.attention import NAME, as_mask, group_rows
+from fedit.attention import NAME, PackedRows, as_mask
 from fedit.grouping import group_by_length, group_by_slot
 from fedit.interfaces import EncodedExample, EngineError
 
@@ -72,7 +72,6 @@ class Batch:
         positions = np.zeros(filled.sum(), dtype=np.int64)
         for start, length in zip(starts, lengths, strict=True):
             positions[start : start + length] = np.arange(length)
-        groups = group_rows(starts.tolist(), lengths.tolist(), device)
         return _batch(
             examples,
             starts,
@@ -81,7 +80,7 @@ class Batch:
             device,
             seeds,
             torch.from_numpy(positions[None]).to(device),
-            as_mask(groups, device),
+            as_mask(PackedRows(starts.tolist(), lengths.tolist(), len(positions), device)),
         )
 
     @staticmethod
@@ -163,11 +162,11 @@ def longest_packed(base: PreTrainedModel) -> float:
         ids = np.concatenate(rows)[None] % base.config.vocab_size
         lengths = [len(row) for row in rows]
         positions = np.concatenate([np.arange(length) for length in lengths])[None]
-        groups = group_rows((np.cumsum(lengths) - lengths).tolist(), lengths, base.device)
+        packed_rows = PackedRows((np.cumsum(lengths) - lengths).tolist(), lengths, sum(lengths), base.device)
         return base(
             input_ids=torch.from_numpy(ids).to(base.device),
             position_ids=torch.from_numpy(positions).to(base.device),
-            attention_mask=as_mask(groups, base.device),
+            attention_mask=as_mask(packed_rows),
             use_cache=False,
         ).logits[0, -len(row) :]
 

@@ -123,8 +123,8 @@ def measure(
         seconds.append(time.perf_counter() - wall)
         cpu_seconds.append(time.process_time() - cpu)
     wall, cpu = statistics.median(seconds[1:]), statistics.median(cpu_seconds[1:])
-    achieved = _flops(model, clients) / wall / 1e12
-    peak = _peak_flops(place, base.dtype) / 1e12
+    achieved = model_flops(model, clients) / wall / 1e12
+    peak = peak_flops(place, base.dtype) / 1e12
     return Measurement(
         model=shape or path,
         device=torch.cuda.get_device_name(place) if place.type == "cuda" else f"cpu, {torch.get_num_threads()} threads",
@@ -204,7 +204,7 @@ def make_clients(workload: Workload, vocabulary: int) -> list[list[EncodedExampl
     return clients
 
 
-def _flops(model: StackedModel, clients: Sequence[Sequence[EncodedExample]]) -> float:
+def model_flops(model: StackedModel, clients: Sequence[Sequence[EncodedExample]]) -> float:
     """Return the model FLOPs of one pass over all rows, as the module's docstring counts them."""
     config = model.base.config
     head = config.hidden_size * config.vocab_size
@@ -220,7 +220,7 @@ def _flops(model: StackedModel, clients: Sequence[Sequence[EncodedExample]]) -> 
     )
 
 
-def _peak_flops(device: torch.device, dtype: torch.dtype) -> float:
+def peak_flops(device: torch.device, dtype: torch.dtype) -> float:
     """Return what a plain product of large square matrices reaches: the best of ten."""
     size = 8192 if device.type == "cuda" else 1024
     left, right = (torch.randn(size, size, device=device).to(dtype) for _ in range(2))

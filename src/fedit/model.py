@@ -150,7 +150,6 @@ class StackedModel:
         """
         dtype = torch.promote_types(self.base.dtype, torch.float32)
         self.parameters = torch.zeros(num_slots, self.num_parameters, device=self.device, dtype=dtype)
-        self._factors = list(self.views(self.parameters))
         self._copies = torch.zeros_like(self.parameters, dtype=self.base.dtype)
         self.scaling = torch.zeros(num_slots, device=self.device, dtype=dtype)
         for layer, factors in self.views(self._copies):
@@ -279,20 +278,21 @@ class StackedModel:
 
     def flat(self, tensors: Mapping[str, Tensor], rank: int) -> Tensor:
         """Return tensors of an adapter of `rank` as one row [d] of `parameters`; what they lack is zero."""
-        row = self.parameters.new_zeros(1, self.num_parameters)
+        # Put together where the tensors are, and moved once: a copy to a GPU takes longer than most tensors do.
+        row = torch.zeros(1, self.num_parameters, dtype=self.parameters.dtype)
         for layer, (a, b) in self.views(row):
             if (tensor := tensors.get(f"{layer.name}.lora_A.weight")) is not None:
                 a[0, :rank] = tensor.to(row)
             if (tensor := tensors.get(f"{layer.name}.lora_B.weight")) is not None:
                 b[0, :, :rank] = tensor.to(row)
-        return row[0]
+        return row[0].to(self.device)
 
     def read(self, slot: int, rank: int) -> dict[str, Tensor]:
         """Return a copy of a slot's tensors on the CPU, cut to `rank`."""
         tensors = {}
-        for layer, (a, b) in self._factors:
-            tensors[f"{layer.name}.lora_A.weight"] = a[slot, :rank].cpu().clone()
-            tensors[f"{layer.name}.lora_B.weight"] = b[slot, :, :rank].cpu().clone()
+        for layer, (a, b) in self.views(self.parameters[slot : slot + 1].cpu()):
+            tensors[f"{layer.name}.lora_A.weight"] = a[0, :rank].clone()
+            tensors[f"{layer.name}.lora_B.weight"] = b[0, :, :rank].clone()
         return tensors
 
     # -- forward

@@ -2,13 +2,24 @@
 
 from __future__ import annotations
 
+from itertools import pairwise
 from pathlib import Path
 
 import pytest
 import torch
 from transformers import AutoModelForCausalLM
 
-from fedit.attention import BLOCK, NAME, BlockedCausalAttention, _attend_packed, group_rows, packed_attention
+from fedit import attention
+from fedit.attention import (
+    BLOCK,
+    NAME,
+    BlockedCausalAttention,
+    PackedRows,
+    _attend_flash,
+    _attend_packed,
+    group_rows,
+    packed_attention,
+)
 from fedit.base import load_base
 from fedit.config import ModelConfig
 
@@ -60,6 +71,52 @@ def test_a_cpu_base_uses_it_and_gives_the_logits_of_plain_attention(tiny_model_f
     cached = base(input_ids=ids[:, :60], use_cache=True).past_key_values
     stepwise = base(input_ids=ids[:, 60:61], past_key_values=cached, use_cache=True).logits
     torch.testing.assert_close(stepwise[:, 0], eager(input_ids=ids).logits[:, 60], rtol=1e-4, atol=1e-5)
+
+
+def packed_by_rows(query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, bounds: list[int]) -> torch.Tensor:
+    """The formula, from one bound to the next, [1, N, H, D]."""
+    spans = [slice(start, end) for start, end in pairwise(bounds)]
+    return torch.cat([plain(query[:, :, at], key[:, :, at], value[:, :, at], 0.3) for at in spans], 1)
+
+
+@pytest.mark.parametrize("can_share", [True, False])
+def test_flash_attention_is_asked_for_the_rows(monkeypatch: pytest.MonkeyPatch, can_share: bool) -> None:
+    """Causal, within bounds at the rows' starts; heads may share keys, whether the function knows that or not."""
+
+    def attend(q, k, v, bounds, _bounds, longest, _longest, *, scale, window_size, enable_gqa=False):
+        assert (scale, window_size) == (0.3, (-1, 0))
+        assert enable_gqa == (q.shape[1] != k.shape[1]) == can_share
+        assert longest == bounds.diff().max()
+        return packed_by_rows(*(x.transpose(0, 1)[None] for x in (q, k, v)), bounds.tolist())[0]
+
+    monkeypatch.setattr(attention, "_varlen_attention", lambda: (attend, can_share))
+    generator = torch.Generator().manual_seed(3)
+    query, key, value = (torch.randn(1, heads, 40, 8, generator=generator) for heads in (4, 2, 2))
+    rows = PackedRows([16, 0, 5], [20, 5, 7], 40, torch.device("cpu"))
+    got = _attend_flash(query, key, value, 0.3, *rows.bounds)
+    torch.testing.assert_close(got, packed_by_rows(query, key, value, [0, 5, 16, 40]))
+    grouped = _attend_packed(query, key, value, 0.3, rows.groups)
+    real = [*range(12), *range(16, 36)]
+    torch.testing.assert_close(got[:, real], grouped[:, real])
+
+
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="flash attention needs a GPU")
+def test_flash_attention_equals_the_formula_with_its_gradients() -> None:
+    generator = torch.Generator().manual_seed(4)
+    inputs = [torch.randn(1, heads, 160, 64, generator=generator).cuda() for heads in (4, 2, 2)]
+    weight = torch.randn(1, 160, 4, 64, generator=generator).cuda()
+    rows = PackedRows([0, 70, 77], [70, 7, 83], 160, torch.device("cuda"))
+
+    def results(dtype: torch.dtype) -> list[torch.Tensor]:
+        given = [x.to(dtype).requires_grad_() for x in inputs]
+        if dtype is torch.bfloat16:
+            output = _attend_flash(*given, 0.3, *rows.bounds)
+        else:
+            output = _attend_packed(*given, 0.3, rows.groups)
+        return [output.detach(), *torch.autograd.grad((output * weight).sum(), given)]
+
+    for got, expected in zip(results(torch.bfloat16), results(torch.float64), strict=True):
+        assert (got.double() - expected).norm() < 2e-2 * expected.norm()
 
 
 def test_packed_rows_are_kept_apart(tiny_model_folder: Path) -> None:

@@ -46,7 +46,7 @@ def test_flops_by_hand(monkeypatch: pytest.MonkeyPatch) -> None:
         + 4 * 640 * sum(row.num_supervised for row in rows)
         + 6 * 16 * sum(length**2 for length in lengths)
     )
-    assert bench._flops(model, [rows]) == expected
+    assert bench.model_flops(model, [rows]) == expected
 
 
 def test_the_command(tiny_model_folder, capsys: pytest.CaptureFixture[str]) -> None:
