@@ -87,13 +87,15 @@ def test_flash_attention_is_asked_for_the_rows(monkeypatch: pytest.MonkeyPatch, 
         assert (scale, window_size) == (0.3, (-1, 0))
         assert enable_gqa == (q.shape[1] != k.shape[1]) == can_share
         assert longest == bounds.diff().max()
-        return packed_by_rows(*(x.transpose(0, 1)[None] for x in (q, k, v)), bounds.tolist())[0]
+        query, key, value = (x.transpose(0, 1)[None] for x in (q, k, v))
+        return packed_by_rows(query, key, value, bounds.tolist())[0]
 
     monkeypatch.setattr(attention, "_varlen_attention", lambda: (attend, can_share))
     generator = torch.Generator().manual_seed(3)
     query, key, value = (torch.randn(1, heads, 40, 8, generator=generator) for heads in (4, 2, 2))
     rows = PackedRows([16, 0, 5], [20, 5, 7], 40, torch.device("cpu"))
-    got = _attend_flash(query, key, value, 0.3, *rows.bounds)
+    bounds, longest = rows.bounds
+    got = _attend_flash(query, key, value, 0.3, bounds, longest)
     torch.testing.assert_close(got, packed_by_rows(query, key, value, [0, 5, 16, 40]))
     grouped = _attend_packed(query, key, value, 0.3, rows.groups)
     real = [*range(12), *range(16, 36)]
@@ -108,12 +110,13 @@ def test_flash_attention_equals_the_formula_with_its_gradients() -> None:
     rows = PackedRows([0, 70, 77], [70, 7, 83], 160, torch.device("cuda"))
 
     def results(dtype: torch.dtype) -> list[torch.Tensor]:
-        given = [x.to(dtype).requires_grad_() for x in inputs]
+        query, key, value = (x.to(dtype).requires_grad_() for x in inputs)
         if dtype is torch.bfloat16:
-            output = _attend_flash(*given, 0.3, *rows.bounds)
+            bounds, longest = rows.bounds
+            output = _attend_flash(query, key, value, 0.3, bounds, longest)
         else:
-            output = _attend_packed(*given, 0.3, rows.groups)
-        return [output.detach(), *torch.autograd.grad((output * weight).sum(), given)]
+            output = _attend_packed(query, key, value, 0.3, rows.groups)
+        return [output.detach(), *torch.autograd.grad((output * weight).sum(), (query, key, value))]
 
     for got, expected in zip(results(torch.bfloat16), results(torch.float64), strict=True):
         assert (got.double() - expected).norm() < 2e-2 * expected.norm()

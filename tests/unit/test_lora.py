@@ -42,11 +42,11 @@ def test_what_is_more_than_a_product_is_called(monkeypatch: pytest.MonkeyPatch) 
     monkeypatch.setattr(lora, "FUSED_ON", {"cpu"})
 
     class Doubled(nn.Linear):
-        def forward(self, x: torch.Tensor) -> torch.Tensor:
-            return 2 * super().forward(x)
+        def forward(self, input: torch.Tensor) -> torch.Tensor:  # noqa: A002 (its name in nn.Linear)
+            return 2 * super().forward(input)
 
     hooked = nn.Linear(6, 6, bias=False)
-    hooked.register_forward_hook(lambda _module, _inputs, output: 2 * output)
+    hooked.register_forward_hook(lambda _module, _inputs, output: output.mul(2))
     for base in (Doubled(6, 6, bias=False), hooked):
         base.requires_grad_(False)
         layer = StackedLora("layer", base, Routing(Pieces.of([0], [0], 1, CPU), num_tokens=4), 0.0)

@@ -8,7 +8,7 @@ import math
 import sys
 from collections.abc import Iterator, Sequence
 from contextlib import nullcontext
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -162,6 +162,54 @@ def test_what_the_count_costs_is_paid_by_more_noise_on_the_updates() -> None:
     assert made.update_noise**-2 + (2 * made.count_noise) ** -2 == pytest.approx(0.8**-2)
     small = mechanism(config({"noise_multiplier": 3.0, "clip_quantile": 0.5}))
     assert small.update_noise == pytest.approx(3.0 / math.sqrt(0.75))
+
+
+# ---------------------------------------------------------------------------------------------------- noise in shares
+
+DISTRIBUTED = {"mechanism": "distributed", "noise_multiplier": 1.5, "clip_norm": 0.5}
+
+
+def test_of_noise_in_shares_the_server_adds_none_and_divides_by_the_expected_size() -> None:
+    """A mean of three that come as one is three in the sum, whatever its norm: it is noisy already."""
+    made = mechanism(config(DISTRIBUTED))
+    mean = replace(update("c0", adapter(1, 100.0)), others=("c3", "c7"))
+    got = mean_of(made, [mean], silence)
+    for name, tensor in got.items():
+        torch.testing.assert_close(tensor, mean.update.tensors[name].double() * 3 / 5)
+
+
+def test_of_noise_in_shares_a_round_that_nobody_comes_to_is_the_servers_noise() -> None:
+    made = mechanism(config(DISTRIBUTED))
+    start = adapter(0, num_inputs=50_000)
+    result, _ = made.mean(start, start.tensors, [], 0.5, seeded(0))
+    assert result.update.tensors[A].numpy().std() == pytest.approx(1.5 * 0.5 / 5, rel=0.01)
+
+
+def test_against_the_server_sampling_hides_nobody() -> None:
+    """Its epsilon is that of the exact formula, of the rounds that a client is in; and larger than the others'."""
+    made = mechanism(config(DISTRIBUTED, rounds=20))
+    epsilon = made.spent_against_server(9)
+    sigma, delta = 1.5 / 3, made.delta  # nine rounds of one client are one with a third of the noise
+    exact = stats.norm.cdf(0.5 / sigma - epsilon * sigma) - math.exp(epsilon) * stats.norm.cdf(
+        -0.5 / sigma - epsilon * sigma
+    )
+    assert exact == pytest.approx(delta, rel=0.01)
+    assert epsilon > made.spent(9)
+    statement = made.statement("", 9)
+    assert f"against it epsilon is {epsilon:.3g}, of 9 rounds of one client" in statement["trust"]
+    assert statement["epsilon"] == mechanism(config({**DISTRIBUTED, "mechanism": "central"}, rounds=20)).spent(20)
+
+
+def test_discrete_noise_costs_what_continuous_noise_costs() -> None:
+    """By the accountant's own discrete Gaussian, at a hundredth of the finest grid that is let through."""
+    from dp_accounting.pld import privacy_loss_distribution as pld
+
+    sigma, steps = 1.5, 10  # of the clip norm, in steps of the grid
+    options = {"value_discretization_interval": 1e-4}
+    discrete = pld.from_discrete_gaussian_mechanism(sigma * steps, sensitivity=steps, **options)
+    continuous = pld.from_gaussian_mechanism(sigma, **options)
+    for delta in (1e-2, 1e-4):
+        assert discrete.get_epsilon_for_delta(delta) == pytest.approx(continuous.get_epsilon_for_delta(delta), rel=0.02)
 
 
 # --------------------------------------------------------------------------------------------------- the accountant
@@ -328,7 +376,7 @@ def test_a_budget_that_is_exhausted_ends_the_run_before_the_round_that_would_bre
 def test_what_is_promised_is_what_the_budget_affords() -> None:
     made = mechanism(config())
     budget = (made.spent(2) + made.spent(3)) / 2
-    statement = mechanism(config({"noise_multiplier": 1.0, "target_epsilon": budget}, rounds=50)).statement("")
+    statement = mechanism(config({"noise_multiplier": 1.0, "target_epsilon": budget}, rounds=50)).statement("", 1)
     assert (statement["rounds"], statement["epsilon"]) == (2, made.spent(2))
     with pytest.raises(ConfigError, match=r"noise_multiplier = 1 costs an epsilon of .* in the first round, more than"):
         mechanism(config({"noise_multiplier": 1.0, "target_epsilon": 0.01}))

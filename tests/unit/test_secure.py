@@ -6,6 +6,7 @@ import copy
 import itertools
 import math
 from collections.abc import Callable, Mapping, Sequence
+from types import MappingProxyType
 from typing import Any
 
 import numpy as np
@@ -56,10 +57,15 @@ def party_sum(encoding: Encoding, *updates: ClientUpdate) -> PartySum:
     return total
 
 
-def parties(names: Sequence[str] = NAMES, least: int = 3, share: float = 2 / 3) -> dict[str, Party]:
+def parties(
+    names: Sequence[str] = NAMES, least: int = 3, share: float = 2 / 3, runs: Mapping[str, str] = MappingProxyType({})
+) -> dict[str, Party]:
     keys = {name: Ed25519PrivateKey.generate() for name in names}
     public = {name: key.public_key().public_bytes_raw().hex() for name, key in keys.items()}
-    return {name: Party(name, key, lambda n, k: public.get(n) == k, share, least) for name, key in keys.items()}
+    return {
+        name: Party(name, key, lambda n, k: public.get(n) == k, share, least, runs.get(name, "run"))
+        for name, key in keys.items()
+    }
 
 
 def run(
@@ -68,6 +74,7 @@ def run(
     lost: Mapping[str, str] | None = None,
     tamper: Tamper = lambda exchange, party, words: words,
     share: float = 2 / 3,
+    tasks: Mapping[str, str] = MappingProxyType({}),
 ) -> tuple[np.ndarray, np.ndarray, list[str]]:
     """Do a round; `lost` says before which exchange a party is lost. A party that mistrusts is lost as well."""
     order = ["keys", "shares", "mask", "confirm", "unmask"]
@@ -84,7 +91,9 @@ def run(
             words = tamper(exchange, name, copy.deepcopy(words))
             try:
                 if exchange == "mask":
-                    payload = members[name].masked(words, sums[name], np.random.default_rng(len(answers)).random)
+                    payload = members[name].masked(
+                        words, sums[name], tasks.get(name, "a task"), np.random.default_rng(1).random
+                    )
                     collector.add(name, payload)
                 else:
                     answers[name] = members[name].answer(words)
@@ -336,7 +345,7 @@ def test_a_key_of_the_servers_own_making_is_found() -> None:
             words["keys"]["site-1"]["cipher"] = "11" * 32
         return words
 
-    refused(tamper, "the keys of site-1 are not signed by it")
+    refused(tamper, "the keys of site-1 are not signed by it for this run")
 
 
 def test_keys_signed_by_an_unknown_identity_are_found() -> None:
@@ -347,7 +356,7 @@ def test_keys_signed_by_an_unknown_identity_are_found() -> None:
         if exchange == "shares" and party != "site-1":
             keys = words["keys"]["site-1"]
             keys |= {"cipher": "22" * 32, "mask": "33" * 32, "identity": liar.public_key().public_bytes_raw().hex()}
-            keys["signature"] = liar.sign(signed_keys("5e55", "site-1", keys)).hex()
+            keys["signature"] = liar.sign(signed_keys("run", "5e55", "site-1", keys)).hex()
         return words
 
     refused(tamper, "does not know site-1 by the identity")
@@ -397,6 +406,18 @@ def test_different_survivors_for_different_parties_are_found() -> None:
     refused(tamper, "has confirmed another sum")
 
 
+def test_a_party_that_was_sent_another_model_is_found() -> None:
+    """The attack that would find site-0's update in the sum: the others tune a model that learns nothing."""
+    with pytest.raises(RoundError) as caught:
+        run(parties(), six(ENCODING), tasks=dict.fromkeys(NAMES[1:], "a dead model"))
+    assert "or was asked for something else" in " ".join(caught.value.__notes__)
+
+
+def test_a_party_that_was_told_of_another_run_is_found() -> None:
+    """The same by another learning rate, or clip norm, for the others."""
+    refused(lambda exchange, party, words: words, "not signed by it for this run", parties(runs={"site-0": "other"}))
+
+
 def test_a_sum_of_few_is_not_confirmed() -> None:
     def tamper(exchange: str, party: str, words: Words) -> Words:
         if exchange == "confirm":
@@ -427,7 +448,7 @@ def test_a_party_confirms_one_sum_and_masks_one() -> None:
     with pytest.raises(MistrustError, match="has confirmed another sum"):
         one.answer({**request["confirm"], "survivors": NAMES[:5]})
     with pytest.raises(MistrustError, match="masks one sum in a round"):
-        one.masked(request["mask"], six(ENCODING)["site-0"], np.random.default_rng(0).random)
+        one.masked(request["mask"], six(ENCODING)["site-0"], "a task", np.random.default_rng(0).random)
     with pytest.raises(MistrustError, match="was shown other keys than before"):
         one.answer({**request["shares"], "keys": {}})
     with pytest.raises(MistrustError, match="has no keys of this round"):
@@ -468,7 +489,9 @@ def test_a_masked_sum_of_the_wrong_length_or_twice_is_not_taken() -> None:
         {name: party.answer({"exchange": "keys", "session": "5e55"}) for name, party in members.items()}
     )
     requests = collector.shares({name: members[name].answer(words) for name, words in keys.items()})
-    payload = members["site-0"].masked(requests["site-0"], six(ENCODING)["site-0"], np.random.default_rng(0).random)
+    payload = members["site-0"].masked(
+        requests["site-0"], six(ENCODING)["site-0"], "a task", np.random.default_rng(0).random
+    )
     assert not collector.add("site-0", payload[:-1])
     assert not collector.add("stranger", payload)
     assert collector.add("site-0", payload)

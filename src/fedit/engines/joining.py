@@ -99,17 +99,17 @@ def join_run(
         test=data.test,
         engine=engine,
         store=store,
-        party=None if secure is None else _party(folder, secure),
+        party=None if secure is None else _party(folder, secure, described.digest()),
         initial=started.initial,
         answer=answer,
         cleaning=data.summary["cleaning"],
     )
 
 
-def _party(folder: SiteFolder, settings: SecureAggregationConfig) -> Party:
+def _party(folder: SiteFolder, settings: SecureAggregationConfig, run: str) -> Party:
     """Return what the site is in secure aggregation."""
     from fedit.engines.identities import KnownSites, own_identity
     from fedit.secure.party import Party
 
     least = max(settings.min_parties, folder.config.policy.min_parties)
-    return Party(folder.name, own_identity(folder.path), KnownSites(folder).knows, settings.threshold, least)
+    return Party(folder.name, own_identity(folder.path), KnownSites(folder).knows, settings.threshold, least, run)

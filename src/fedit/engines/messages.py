@@ -89,6 +89,12 @@ def digests(tensors: Mapping[str, Tensor]) -> dict[str, str]:
     return {name: hashlib.sha256(_bytes(tensor)).hexdigest()[:16] for name, tensor in tensors.items()}
 
 
+def digest(adapter: Adapter) -> str:
+    """Return a hash of all of an adapter."""
+    hashes = digests({**adapter.tensors, **side_tensors(adapter.side)})
+    return hashlib.sha256(json.dumps([hashes, adapter.rank, adapter.lora_alpha], sort_keys=True).encode()).hexdigest()
+
+
 # ------------------------------------------------------------------------------------------------------ to the site
 
 

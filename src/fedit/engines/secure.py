@@ -16,6 +16,7 @@ from typing import Any, Protocol
 from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PrivateKey
 
 from fedit.config import RunConfig
+from fedit.engines.messages import digest
 from fedit.engines.simulation import Simulation
 from fedit.interfaces import ClientFailure, ClientTask, ClientUpdate, RoundError, derive_seed
 from fedit.privacy import Draws, Mechanism
@@ -169,7 +170,8 @@ def masked_sum(
     if total.clients:
         purpose = "share of noise", tasks[0].round_index, party.name
         numbers = itertools.count()
-        payload = party.masked(request, total, lambda size: draws.uniform(size, *purpose, next(numbers)))
+        task = f"{tasks[0].round_index} {digest(tasks[0].adapter)}"
+        payload = party.masked(request, total, task, lambda size: draws.uniform(size, *purpose, next(numbers)))
         clients = [client for client in by_client if client in total.clients]
         yield MaskedSum(party.name, clients, payload, total.epsilon, total.num_tokens, total.loss_sum)
 
@@ -186,7 +188,9 @@ class SimulatedParties:
         settings = config.secure_sums
         assert settings is not None
         self._parties = {
-            name: Party(name, key, lambda other, key: public[other] == key, settings.threshold, settings.min_parties)
+            name: Party(
+                name, key, lambda n, k: public[n] == k, settings.threshold, settings.min_parties, config.digest()
+            )
             for name, key in self._identities.items()
         }
 

@@ -36,15 +36,19 @@ def threshold_of(share: float, num_parties: int) -> int:
     return min(num_parties, math.floor(share * num_parties) + 1)
 
 
-def signed_keys(session: str, party: str, keys: Words) -> bytes:
-    """Return what a party signs of its keys."""
-    return context("keys", session, party, keys["cipher"], keys["mask"], keys["seed"])
+def signed_keys(run: str, session: str, party: str, keys: Words) -> bytes:
+    """Return what a party signs of its keys: with the run's description, which has to be the same for all."""
+    return context("keys", run, session, party, keys["cipher"], keys["mask"], keys["seed"])
 
 
-def signed_survivors(session: str, keys: Mapping[str, Words], survivors: Sequence[str]) -> bytes:
-    """Return what a party signs of those who have sent masked sums: with all keys, so that all have seen the same."""
+def signed_survivors(session: str, keys: Mapping[str, Words], task: str, survivors: Sequence[str]) -> bytes:
+    """Return what a party signs of those who have sent masked sums: all keys and what it was asked to tune, too.
+
+    All have to have seen the same: who sends the others a model that learns nothing finds one update in the sum
+    (2111.07380).
+    """
     seen = hashlib.sha256(json.dumps(keys, sort_keys=True).encode()).hexdigest()
-    return context("survivors", session, seen, *survivors)
+    return context("survivors", session, seen, task, *survivors)
 
 
 def mask_key(own: X25519PrivateKey, other: bytes, session: str, parties: Sequence[str]) -> bytes:
@@ -73,7 +77,8 @@ class _Session:
     """The encrypted shares that it has sent, by party"""
     held: dict[str, tuple[bytes, bytes]] = field(default_factory=dict)
     """The shares of each party's seed and private key that it has, its own too"""
-    masked: bool = False
+    task: str | None = None
+    """Names what the masked sum was made of; None: there is none yet"""
     survivors: list[str] | None = None
 
 
@@ -87,9 +92,14 @@ class Party:
         knows: Callable[[str, str], bool],
         share: float,
         min_parties: int,
+        run: str,
     ) -> None:
-        """Make a party; `knows` tells whether a public identity, hexadecimal, is that of the party of a name."""
+        """Make a party of the run that the digest `run` of its description names.
+
+        `knows` tells whether a public identity, hexadecimal, is that of the party of a name.
+        """
         self.name = name
+        self._run = run
         self._identity = identity
         self._knows = knows
         self._share = share
@@ -114,19 +124,20 @@ class Party:
         except (KeyError, TypeError, ValueError, AttributeError) as error:
             raise MistrustError(f"{self.name} was asked for {exchange} in words that it cannot read") from error
 
-    def masked(self, request: Words, total: PartySum, uniform: Uniform) -> bytes:
+    def masked(self, request: Words, total: PartySum, task: str, uniform: Uniform) -> bytes:
         """Return the masked sum of the party's clients: their counts, then their numbers, little endian.
 
-        `request` has the encrypted shares of the other parties; noise, if there is any, is of `uniform`.
+        `request` has the encrypted shares of the other parties; `task` names what they were asked to tune; noise, if
+        there is any, is of `uniform`.
 
         Raises:
             MistrustError: it does not go on with this round.
         """
         session = self._of(request)
-        if not session.shared or session.masked:
+        if not session.shared or session.task is not None:
             raise MistrustError(f"{self.name} masks one sum in a round, once shares are exchanged")
         self._take_shares(session, request["shares"])
-        session.masked = True
+        session.task = task
         total.add_noise(session.threshold, uniform)
         plus, minus = [seed_key(session.seed, session.name, self.name)], []
         for other in session.held.keys() - {self.name}:
@@ -151,7 +162,7 @@ class Party:
                 "seed": context("commitment", session.seed.hex()).hex(),
                 "identity": self._identity.public_key().public_bytes_raw().hex(),
             }
-            signature = self._identity.sign(signed_keys(name, self.name, keys))
+            signature = self._identity.sign(signed_keys(self._run, name, self.name, keys))
             session.announced = {**keys, "signature": signature.hex()}
             self._session = session
         return self._session.announced
@@ -194,10 +205,10 @@ class Party:
                 raise MistrustError(f"{self.name} does not know {party} by the identity {identity}")
             try:
                 Ed25519PublicKey.from_public_bytes(bytes.fromhex(identity)).verify(
-                    bytes.fromhex(theirs["signature"]), signed_keys(session.name, party, theirs)
+                    bytes.fromhex(theirs["signature"]), signed_keys(self._run, session.name, party, theirs)
                 )
             except InvalidSignature as error:
-                raise MistrustError(f"the keys of {party} are not signed by it") from error
+                raise MistrustError(f"the keys of {party} are not signed by it for this run") from error
 
     def _cipher_key(self, session: _Session, theirs: Words, party: str) -> bytes:
         return agree(
@@ -224,20 +235,21 @@ class Party:
 
     def _confirm(self, session: _Session, request: Words) -> Words:
         survivors = sorted(map(str, request["survivors"]))
-        if not session.masked or self.name not in survivors or not session.held.keys() >= set(survivors):
+        if session.task is None or self.name not in survivors or not session.held.keys() >= set(survivors):
             raise MistrustError(f"{self.name} and others were not asked for masked sums as is said")
         if len(set(survivors)) < max(session.threshold, self._min_parties):
             raise MistrustError(f"a sum of {len(set(survivors))} parties, {session.threshold} are needed")
         if session.survivors not in (None, survivors):
             raise MistrustError(f"{self.name} has confirmed another sum")
         session.survivors = survivors
-        return {"signature": self._identity.sign(signed_survivors(session.name, session.keys, survivors)).hex()}
+        statement = signed_survivors(session.name, session.keys, session.task, survivors)
+        return {"signature": self._identity.sign(statement).hex()}
 
     def _unmask(self, session: _Session, request: Words) -> Words:
         survivors = session.survivors
-        if survivors is None:
+        if survivors is None or session.task is None:
             raise MistrustError(f"{self.name} has confirmed no sum")
-        statement = signed_survivors(session.name, session.keys, survivors)
+        statement = signed_survivors(session.name, session.keys, session.task, survivors)
         signatures: dict[str, str] = request["signatures"]
         if len(signatures) < session.threshold or not signatures.keys() <= set(survivors):
             raise MistrustError(f"{len(signatures)} parties confirm the sum, {session.threshold} are needed")
@@ -247,7 +259,7 @@ class Party:
                     bytes.fromhex(signature), statement
                 )
             except InvalidSignature as error:
-                raise MistrustError(f"{party} has confirmed another sum") from error
+                raise MistrustError(f"{party} has confirmed another sum, or was asked for something else") from error
         return {
             "seeds": {party: session.held[party][0].hex() for party in survivors},
             "privates": {party: held[1].hex() for party, held in session.held.items() if party not in survivors},
