@@ -43,6 +43,9 @@ def test_secure_sums_end_where_plain_updates_do(fedit, recipe, tmp_path) -> None
     clipped = run(fedit, recipe, tmp_path / "clipped", *SECURE, "secure_aggregation.clip_norm=0.01")
     for name, tensor in adapter(tmp_path / "plain").items():
         torch.testing.assert_close(adapter(tmp_path / "secure")[name], tensor, rtol=1e-3, atol=1e-4)
+    told = "the server saw the sum of each round"
+    assert told in (tmp_path / "secure" / "report.html").read_text()
+    assert told not in (tmp_path / "plain" / "report.html").read_text()
     for one, other in zip(secure, plain, strict=True):
         assert (one["cohort"], one["failures"], one["tokens"]) == (other["cohort"], {}, other["tokens"])
         assert one["aggregation_loss"] is None

@@ -70,6 +70,8 @@ def _sections(run: RunFolder) -> dict[str, Any]:
         "participation": _participation(run),
         "cleaning": [line.plain for line in cleaning_lines(run.partition.get("cleaning", {}))],
         "privacy": _privacy(run),
+        "saw_sums": run.run.get("secure_aggregation")
+        or (run.run.get("privacy") or {}).get("mechanism") == "distributed",
         "communication": _communication(run),
         "time": _time(run),
         "peak_memory": max((timing.get("peak_memory_bytes") or 0 for timing in run.timings), default=0),
