@@ -22,7 +22,7 @@ import numpy as np
 
 CONFIDENCE = 0.95
 GUESSED_SHARES = (1 / 64, 1 / 16, 1 / 4, 1.0)
-"""Of the canaries, tried one after the other: who is sure of a few bounds a large epsilon, who errs often guesses all."""
+"""Of the canaries: who is sure of few proves a large epsilon by these, who errs often does better with all."""
 LARGEST_EPSILON = 50.0
 
 

@@ -1,21 +1,21 @@
 """Which tokens a client trained on, read from what it sent (the span check of DAGER, 2405.15586, made greedy).
 
 Let x_v be what the first adapted layers see of token v: its normalised embedding, which no other token of the row has
-changed yet. Everything about the base is public, so x_v is too. Of the layer ``W0 x + s B A x`` a batch of tokens t with
-gradients g_t at its output gives
+changed yet. Everything about the base is public, so x_v is too. Of the layer ``W0 x + s B A x`` a batch of tokens t
+with gradients g_t at its output gives
 
     dA = s sum_t (B^T g_t) x_t^T      rows in the span of the x_t, in R^n
     dB = s sum_t g_t (A x_t)^T        rows in the span of the A x_t, in R^r
     dR = s sum_t (B^T g_t) (A x_t)^T  the same, of a core R between B and A
 
-so that a token at some distance from that span was not there. The span has r dimensions at most for each layer (q, k and
-v see the same x_v: together 3 r), and no more than there were tokens. Of more tokens it is a part of theirs, to which
-none of them need be near. But there are few of them among the vocabulary: the token whose direction explains most of the
-update is taken, its direction is taken out of the update and of all x_v, and so on (orthogonal least squares, as in
-compressed sensing), as many as there were. That names most tokens of one step even where they are more than the span's
-dimensions. dB alone, or a core, has r dimensions in all layers and names few; while B = 0 it is all there is. AdamW
-divides each number by its own size, many steps add up spans of changing factors, a sum those of many clients: these
-blur, and do not hide. Vectors that many layers share, and amounts along random directions, have no span.
+so that a token at some distance from that span was not there. The span has r dimensions at most for each layer (q, k
+and v see the same x_v: together 3 r), and no more than there were tokens. Of more tokens it is a part of theirs, to
+which none of them need be near. But there are few of them among the vocabulary: the token whose direction explains most
+of the update is taken, its direction is taken out of the update and of all x_v, and so on (orthogonal least squares,
+1989), as many as there were. That names most tokens of one step even where they are more than the span has dimensions.
+dB alone, or a core, has r dimensions in each layer and names few; while B = 0 it is all there is. AdamW divides each
+number by its own size, many steps add up spans of changing factors, a sum those of many clients: that blurs, and does
+not hide. Vectors that many layers share, and amounts along random directions, have no span.
 
 Two ways of knowing nothing are measured beside it: naming the most frequent tokens of held-out rows, since what a
 template repeats is no secret; and the same attack on pure noise of the update's shape.
