@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import tempfile
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -14,14 +14,25 @@ from fedit.config import RunConfig, parse_config
 from fedit.engines.client_store import ClientStore
 from fedit.engines.simulation import Simulation
 from fedit.experiment import check_base, describe_run
-from fedit.interfaces import Adapter, ConfigError, DataError, EncodedExample, derive_rng
+from fedit.interfaces import (
+    Adapter,
+    ClientFailure,
+    ClientTask,
+    ClientUpdate,
+    ConfigError,
+    DataError,
+    EncodedExample,
+    derive_rng,
+)
 from fedit.model import StackedModel
+from fedit.own_privacy import OwnPrivacy
 from fedit.prepare import FederatedData, prepare_data, prepare_model
+from fedit.privacy import Mechanism
 from fedit.report import RunFolder
 from fedit.server import ServerState, train
 
 COMPARED: Mapping[str, tuple[str, Mapping[str, Any]]] = {
-    "none": ("no noise", {}),
+    "none": ("without noise", {}),
     "central": ("central, epsilon 8", {"mechanism": "central", "target_epsilon": 8.0, "clip_norm": 0.5}),
     "dp-sgd": ("dp-sgd, epsilon 8", {"mechanism": "dp-sgd", "target_epsilon": 8.0, "clip_norm": 0.1}),
     "local": (
@@ -99,17 +110,24 @@ class Setting:
     config: RunConfig
 
 
-def settings(config: RunConfig) -> tuple[list[Setting], dict[str, str]]:
-    """Return the run as it is, then with and without each kind of noise; and why some cannot be had, by name."""
+def settings(config: RunConfig, sizes: Mapping[str, int]) -> tuple[list[Setting], dict[str, str]]:
+    """Return the run as it is, then with and without each kind of noise; and why some cannot be had, by name.
+
+    `sizes` are the clients' numbers of rows.
+    """
     own = "none" if config.privacy is None else config.privacy.mechanism
-    found, refused = [Setting(own, f"this run: {COMPARED[own][0].partition(',')[0]}", config)], {}
+    found, refused = [Setting(own, "this run", config)], {}
     for name, (label, privacy) in COMPARED.items():
         if name == own:
             continue
         try:
-            found.append(Setting(name, label, with_privacy(config, privacy)))
+            other = with_privacy(config, privacy)
+            Mechanism.of(other, len(sizes))
+            for size in set(sizes.values()):
+                OwnPrivacy.of(other, size)
+            found.append(Setting(name, label, other))
         except ConfigError as error:
-            refused[name] = str(error)
+            refused[label] = str(error)
     return found, refused
 
 
@@ -131,11 +149,11 @@ def with_privacy(config: RunConfig, privacy: Mapping[str, Any]) -> RunConfig:
 
 @contextmanager
 def simulation(
-    config: RunConfig, model: StackedModel, clients: Mapping[str, Sequence[EncodedExample]], *, step: Callable[[int], None]
+    config: RunConfig, model: StackedModel, clients: Mapping[str, Sequence[EncodedExample]]
 ) -> Iterator[Simulation]:
     """Give an engine whose clients have kept nothing yet."""
     with tempfile.TemporaryDirectory() as folder:
-        yield Simulation(config, model, clients, ClientStore(Path(folder)), step)
+        yield Simulation(config, model, clients, ClientStore(Path(folder)))
 
 
 def trained(
@@ -143,9 +161,34 @@ def trained(
     model: StackedModel,
     initial: Adapter,
     clients: Mapping[str, Sequence[EncodedExample]],
-    step: Callable[[int], None],
+    sent: Mapping[str, list[tuple[Adapter, Adapter]]] | None = None,
 ) -> Adapter:
-    """Return the global adapter after all rounds."""
+    """Return the global adapter after all rounds. The clients in `sent` get written down, in each of their rounds, what
+    they received and what that became at theirs.
+    """
     noise = lambda round_index: derive_rng(config.seed, "privacy", round_index).standard_normal
-    with simulation(config, model, clients, step=step) as engine:
-        return train(config, engine, ServerState(0, initial), lambda state, record: None, noise).adapter
+    with simulation(config, model, clients) as engine:
+        recorded = _Recorder(engine, {} if sent is None else sent)
+        return train(config, recorded, ServerState(0, initial), lambda state, record: None, noise).adapter
+
+
+@dataclass(frozen=True, eq=False)
+class _Recorder:
+    """An engine that lets everything through, and writes some of it down."""
+
+    engine: Simulation
+    sent: Mapping[str, list[tuple[Adapter, Adapter]]]
+
+    def clients(self) -> Mapping[str, int]:
+        return self.engine.clients()
+
+    def run(self, tasks: Sequence[ClientTask]) -> Iterator[ClientUpdate | ClientFailure]:
+        """Yield what the engine's clients return."""
+        received = {task.client: task.adapter for task in tasks}
+        for result in self.engine.run(tasks):
+            if result.client in self.sent and isinstance(result, ClientUpdate):
+                before = received[result.client]
+                moved = {name: before.tensors[name] + step for name, step in result.update.tensors.items()}
+                after = before.with_tensors({**before.tensors, **moved})
+                self.sent[result.client].append((before, after))
+            yield result

@@ -8,7 +8,7 @@ are; what is looked at is the noisy sum, of which the global adapter is made.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -40,7 +40,7 @@ class UpdateAudit:
     recovered: Recovered
 
 
-def audit_updates(subject: Subject, chosen: Sequence[Setting], progress: Callable[[], None]) -> list[UpdateAudit]:
+def audit_updates(subject: Subject, chosen: Sequence[Setting]) -> list[UpdateAudit]:
     """Look for tokens in what clients send, in each setting; the untrained adapter only without noise."""
     embeddings = Embeddings(subject.model)
     audits = list[UpdateAudit]()
@@ -53,7 +53,6 @@ def audit_updates(subject: Subject, chosen: Sequence[Setting], progress: Callabl
                 if made := list(_sent(subject, config, adapter, round_index)):
                     first = adapter is subject.initial
                     audits += _look(subject, embeddings, setting, config, made, adapter, first=first)
-                progress()
     return audits
 
 
@@ -73,7 +72,7 @@ def _sent(
 ) -> Iterator[tuple[ClientUpdate, list[EncodedExample]]]:
     """Yield the updates of the first clients, with the rows that each was really trained on."""
     clients = {client: _Watched(rows) for client, rows in list(subject.data.clients.items())[:MOST_CLIENTS]}
-    with simulation(config, subject.model, clients, step=lambda num_tokens: None) as engine:
+    with simulation(config, subject.model, clients) as engine:
         for result in engine.run([ClientTask(client, round_index, adapter, round_index) for client in clients]):
             if isinstance(result, ClientUpdate) and clients[result.client].read:
                 yield result, clients[result.client].read
