@@ -34,7 +34,7 @@ from fedit.model import StackedModel
 from fedit.own_privacy import OwnPrivacy
 
 COPIES = (0, 1, 4, 16)
-NUM_EACH = 3
+NUM_EACH = 4
 """Canaries of each number of copies"""
 COPIED, TOSSED = "\x1fcopied canaries", "\x1ftossed canaries"
 """The clients that hold them"""
@@ -90,9 +90,7 @@ class _Planted:
     """bool [coins]"""
 
 
-def audit_canaries(
-    subject: Subject, chosen: Sequence[Setting], rounds: int, rows: Rows
-) -> list[CanaryAudit]:
+def audit_canaries(subject: Subject, chosen: Sequence[Setting], rounds: int, rows: Rows) -> list[CanaryAudit]:
     """Run each setting for so many rounds with canaries among the rows, and ask its model for them."""
     planted = _plant(subject)
     sizes = [len(each) for each in planted.clients.values()]

@@ -53,8 +53,8 @@ def audit_run(
             canaries += audit_canaries(subject, [setting], rounds, rows)
     else:
         refused["the final model"] = (
-            f"[aggregation] name = {config.aggregation.name!r} leaves each client factors of its own: there is no model "
-            "for all."
+            f"[aggregation] name = {config.aggregation.name!r} leaves each client factors of its own: there is no "
+            "model for all."
         )
     audit = {
         "rounds": rounds,
@@ -71,9 +71,7 @@ def audit_run(
     return audit
 
 
-def violations(
-    mechanisms: Sequence[tuple[Setting, MechanismAudit]], canaries: Sequence[CanaryAudit]
-) -> list[str]:
+def violations(mechanisms: Sequence[tuple[Setting, MechanismAudit]], canaries: Sequence[CanaryAudit]) -> list[str]:
     """Return what was promised and does not hold."""
     found = [
         f"{setting.label}, mechanism {each.mechanism}: the noise is {each.found_noise:.3g} clip norms at most (with "

@@ -2,19 +2,19 @@
 
 Canary i sends an update of ten times the clip norm, of which the share a lies on a coordinate of its own and the rest
 on one that all have in common; its sign changes from round to round. A fair coin decides whether it takes part, in all
-rounds or in none. The adversary sees every noisy sum and knows all but the coins. If what is promised holds, T rounds of
-noise z leave each coin behind a shift of a sqrt(T) / z standard deviations (Gaussian differential privacy, 1905.02383),
-with a such that this is about `SHIFT`: neither hidden altogether nor seen at a glance. As many coordinates have no
-canary: they tell the adversary how the noise of the rounds goes together. It takes off what the run's public seed would
-draw, and weighs the rounds by the inverse of the covariance of what is left. So it sees
+rounds or in none. The adversary sees every noisy sum and knows all but the coins. If what is promised holds, T rounds
+of noise z leave each coin behind a shift of a sqrt(T) / z standard deviations (Gaussian differential privacy,
+1905.02383), with a such that this is about `SHIFT`: neither hidden altogether nor seen at a glance. As many coordinates
+have no canary: they tell the adversary how the noise of the rounds goes together. It takes off what the run's public
+seed would draw, and weighs the rounds by the inverse of the covariance of what is left. So it sees
 
 - updates that are not clipped: the shift is tenfold;
 - noise that is too small: the shift grows as it shrinks;
 - noise that is used again, or that the seed gives away: what is the same in two rounds falls out.
 
-Which shifts its errors refute follows from exact intervals of both kinds of them (2302.07956). The noise multiplier that
-gives the largest such shift is found: the noise is that at most, and the accountant says what epsilon it costs. The
-bound that assumes no shape of the noise (`fedit.audit.bounds`) is given beside it: always valid, and some way below.
+Which shifts its errors refute follows from exact intervals of both kinds of them (2302.07956). The noise multiplier
+that gives the largest such shift is found: the noise is that at most, and the accountant says what epsilon it costs.
+The bound that assumes no shape of the noise (`fedit.audit.bounds`) is given beside it: always valid, and far below.
 """
 
 from __future__ import annotations

@@ -1,4 +1,4 @@
-"""Who was trained on: members are told from others by how much more likely the model made them (1709.01604, 2111.08440).
+"""Who was trained on: how much more likely the model made a row tells members from others (1709.01604, 2111.08440).
 
 A row's score is what its response lost in loss, ``loss(base) - loss(model)``, nats per token: the base, which everybody
 has, says how hard the row is. Beside it the plain loss, without a reference. As many rows of each category are taken of

@@ -1,4 +1,4 @@
-"""What is audited: a finished run with its rows, its base and its adapter; and the settings that it is compared with."""
+"""What is audited: a finished run with its rows, its base and its adapter; and what it is compared with."""
 
 from __future__ import annotations
 
@@ -67,8 +67,8 @@ class Subject:
         run = RunFolder.read(folder)
         if "fingerprint" not in run.partition:
             raise ConfigError(
-                f"{folder} cannot be audited: its partition.json has no fingerprint of rows, so it was made across real "
-                "sites, whose rows are not here. Audit a run of `fedit run`, of the same recipe on rows that are."
+                f"{folder} cannot be audited: its partition.json has no fingerprint of rows, so it was made across "
+                "real sites, whose rows are not here. Audit a run of `fedit run`, of the same recipe on rows that are."
             )
         if not run.evaluation:
             raise ConfigError(

@@ -88,7 +88,7 @@ class _Watched(Sequence[EncodedExample]):
     def __len__(self) -> int:
         return len(self._rows)
 
-    def __getitem__(self, index):  # pyright: ignore
+    def __getitem__(self, index: int) -> EncodedExample:  # pyright: ignore[reportIncompatibleMethodOverride]
         self.read.append(self._rows[index])
         return self._rows[index]
 

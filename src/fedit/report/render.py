@@ -13,6 +13,7 @@ from fedit.report import format as formats
 from fedit.report import plots
 from fedit.report.finding import state_finding, state_privacy, state_sites
 from fedit.report.folder import RunFolder
+from fedit.report.leaks import leaks
 from fedit.report.samples import choose_samples
 from fedit.report.terminal import cleaning_lines
 
@@ -70,6 +71,7 @@ def _sections(run: RunFolder) -> dict[str, Any]:
         "participation": _participation(run),
         "cleaning": [line.plain for line in cleaning_lines(run.partition.get("cleaning", {}))],
         "privacy": _privacy(run),
+        "leaks": leaks(run.audit),
         "communication": _communication(run),
         "time": _time(run),
         "peak_memory": max((timing.get("peak_memory_bytes") or 0 for timing in run.timings), default=0),
