@@ -167,7 +167,7 @@ def _words(rows: Sequence[EncodedExample]) -> list[str]:
 
 
 def _phrase(words: Sequence[str], rng: np.random.Generator) -> str:
-    return " ".join(words[index] for index in rng.integers(0, len(words), NUM_WORDS))
+    return " ".join(words[int(index)] for index in rng.integers(0, len(words), NUM_WORDS))
 
 
 def _canary(asked: str, secret: str) -> Example:

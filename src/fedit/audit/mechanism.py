@@ -100,8 +100,8 @@ def audit_mechanism(config: RunConfig, sizes: Mapping[str, int]) -> MechanismAud
     """Attack the noise of a run whose clients have so many rows; None: it adds none."""
     seed = derive_seed(config.seed, "audit", "noise")  # what the adversary does not know; the run's seed it does
     if (mechanism := Mechanism.of(config, len(sizes))) is not None:
-        secret, public = (lambda index, of=of: derive_rng(*of, index).standard_normal
-                          for of in ((seed,), (config.seed, "privacy")))  # fmt: skip
+        secret = lambda index: derive_rng(seed, index).standard_normal
+        public = lambda index: derive_rng(config.seed, "privacy", index).standard_normal
         return attack(central_release(mechanism, secret), central_promise(mechanism), config.seed, public)
     if (own := OwnPrivacy.of(config, max(sizes.values()))) is None:
         return None

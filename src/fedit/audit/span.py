@@ -26,12 +26,14 @@ from __future__ import annotations
 from collections import Counter, defaultdict
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from typing import cast
 
 import numpy as np
 import torch
 from torch import Tensor, nn
 
 from fedit.interfaces import Adapter, EncodedExample, EngineError, Example
+from fedit.lora import StackedLora
 from fedit.model import StackedModel
 
 SPENT = 1e-3
@@ -68,8 +70,8 @@ class Embeddings:
         Raises:
             EngineError: no adapted layer sees a token alone (it sees positions, or other tokens, too).
         """
-        size = model.base.get_input_embeddings().num_embeddings
-        self.inputs, self.modules = _first_inputs(model, int(size))
+        embeddings = cast(nn.Embedding, model.base.get_input_embeddings())
+        self.inputs, self.modules = _first_inputs(model, len(embeddings.weight))
         """float64 [V, n], and the names of the layers"""
 
     def views(self, update: Mapping[str, Tensor], adapter: Adapter) -> list[View]:
@@ -165,14 +167,12 @@ def _same(one: Tensor, other: Tensor) -> bool:
     return one.shape == other.shape and torch.allclose(one.float(), other.float(), rtol=1e-4, atol=1e-6)
 
 
-def _inputs(model: StackedModel, before: int, tokens: np.ndarray, layers: Sequence[nn.Module]) -> dict[str, Tensor]:
+def _inputs(model: StackedModel, before: int, tokens: np.ndarray, layers: Sequence[StackedLora]) -> dict[str, Tensor]:
     """Return what `layers` see of `tokens` behind the token `before`, [tokens, n] by layer."""
     model.allocate(1, ())
     seen: dict[str, list[Tensor]] = defaultdict(list)
-    hooks = [
-        layer.register_forward_pre_hook(lambda layer, inputs: seen[layer.name].append(inputs[0].flatten(0, -2)))
-        for layer in layers
-    ]
+    note = lambda name: lambda _, inputs: seen[name].append(inputs[0].flatten(0, -2))
+    hooks = [layer.register_forward_pre_hook(note(layer.name)) for layer in layers]
     ids = np.stack([np.full_like(tokens, before), tokens], axis=1).astype(np.int32)
     rows = [EncodedExample(pair, np.array([False, True]), Example(())) for pair in ids]
     places, order = list[int](), list[int]()

@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 from matplotlib.figure import Figure
-from matplotlib.ticker import PercentFormatter
+from matplotlib.ticker import FuncFormatter, NullFormatter, PercentFormatter
 from rich.table import Table
 from rich.text import Text
 
@@ -183,6 +183,9 @@ def roc_figure(audit: Audit) -> Markup | None:
             axes.plot(*points.T, color=colour, linestyle=style, linewidth=1.6, label=label)
         axes.plot([smallest, 1], [smallest, 1], color=COLOURS["muted"], linewidth=0.8, label="a guess")
         axes.set(xscale="log", yscale="log", xlim=(smallest, 1), ylim=(smallest, 1))
+        for axis in (axes.xaxis, axes.yaxis):
+            axis.set_major_formatter(FuncFormatter(lambda value, _: f"{100 * value:g}%"))
+            axis.set_minor_formatter(NullFormatter())
         axes.set_xlabel("Others taken for members")
         axes.set_ylabel("Members found")
         axes.grid()
