@@ -19,8 +19,7 @@ STEP = ClientConfig(local_steps=1, batch_size=4, optimizer="sgd", learning_rate=
 
 
 def make_model(folder, *targets: str) -> StackedModel:
-    config = AdapterConfig(rank=8, alpha=8, **({"target_modules": list(targets)} if targets else {}))
-    path = str(folder)
+    config, path = AdapterConfig(rank=8, alpha=8, target_modules=targets or "all-linear"), str(folder)
     return StackedModel(
         load_base(ModelConfig(path=path, dtype="float32"), torch.device("cpu")), load_tokenizer(path), config
     )

@@ -89,6 +89,15 @@ def share_interval(hits: int, total: int, confidence: float = CONFIDENCE) -> tup
     return low, high
 
 
+def calibrated(scores: np.ndarray, *about: np.ndarray) -> np.ndarray:
+    """Return what of the scores [..., m] does not follow from what is known `about` each of them, by least squares, in
+    standard deviations: training lowers the loss of a hard row more, whether or not it was trained on.
+    """
+    known = np.stack([np.ones(scores.shape[-1]), *about], axis=1)
+    rest = scores - known @ np.linalg.lstsq(known, scores, rcond=None)[0]
+    return rest / max(float(rest.std()), 1e-30)
+
+
 def auc(members: np.ndarray, others: np.ndarray) -> float:
     """Return how often a member's score is the higher one of a pair; a tie counts half."""
     ordered = np.sort(others)

@@ -10,8 +10,8 @@ clients join: one has canaries in 1, 4 and 16 copies (others, in no row, are the
 each there or not by its own fair coin: how well their losses tell which are proves a lower bound of epsilon of a row
 (2305.08846).
 
-The final model is asked by its loss. The server knows more: of each update, by how much it lowers a canary's loss, of
-the coins added up over the rounds.
+The final model is asked by its loss. The server knows more: of each update, by how much it lowers a canary's loss,
+which for the coins is added up over the rounds.
 """
 
 from __future__ import annotations
@@ -23,7 +23,7 @@ from dataclasses import dataclass, replace
 
 import numpy as np
 
-from fedit.audit.bounds import EmpiricalEpsilon, auc, empirical_epsilon
+from fedit.audit.bounds import EmpiricalEpsilon, auc, calibrated, empirical_epsilon
 from fedit.audit.membership import Membership, Rows
 from fedit.audit.subject import Setting, Subject, trained
 from fedit.config import RunConfig
@@ -109,12 +109,15 @@ def _ask(
     model, config = subject.model, setting.config.model_copy(update={"rounds": rounds})
     sent: dict[str, list[tuple[Adapter, Adapter]]] = {COPIED: [], TOSSED: []}
     adapter = trained(config, model, subject.initial, planted.clients, sent)
-    lowered = {"model": np.subtract(*response_losses(model, [None, adapter], planted.coins))}
+    lengths = np.asarray([coin.num_supervised for coin in planted.coins])
+    base, tuned = response_losses(model, [None, adapter], planted.coins)
+    lowered = {"model": calibrated(base - tuned, base, lengths)}
     update_exposure = None
     if config.privacy is None or config.privacy.mechanism != "central":
         stages = [stage for pair in sent[TOSSED] for stage in pair]
         losses = _losses(model, stages, planted.coins).reshape(-1, 2, NUM_COINS)
-        lowered["updates"] = (losses[:, 0] - losses[:, 1]).sum(axis=0)
+        steps = [calibrated(before - after, before, lengths) for before, after in losses]
+        lowered["updates"] = np.sum([np.zeros(NUM_COINS), *steps], axis=0)
         if sent[COPIED]:
             before, after = (_candidate_losses(model, stage, planted) for stage in sent[COPIED][-1])
             update_exposure = _exposures(after - before)

@@ -1,10 +1,10 @@
 """Who was trained on: how much more likely the model made a row tells members from others (1709.01604, 2111.08440).
 
-A row's score is what its response lost in loss, ``loss(base) - loss(model)``, nats per token: the base, which everybody
-has, says how hard the row is. Beside it the plain loss, without a reference. As many rows of each category are taken of
-the clients (members) as of the held-out rows (others), so that what differs between categories tells nothing; and the
-base itself, which was trained on neither, has to be at 0.5: if its interval excludes that, the two kinds of rows differ
-by more than membership.
+A row's score is what its response lost in loss, ``loss(base) - loss(model)``, nats per token, as far as that does not
+follow from ``loss(base)``: the base, which everybody has, says how hard the row is. Beside it the plain loss. As many
+rows of each category are taken of the clients (members) as of the held-out rows (others), so that what differs between
+categories tells nothing; and the base itself, which was trained on neither, has to be at 0.5: if its interval excludes
+that, the two kinds of rows differ by more than membership.
 """
 
 from __future__ import annotations
@@ -15,7 +15,7 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from fedit.audit.bounds import auc, auc_interval, hits_at, share_interval
+from fedit.audit.bounds import auc, auc_interval, calibrated, hits_at, share_interval
 from fedit.evaluation.heldout import response_losses
 from fedit.interfaces import Adapter, EncodedExample, derive_rng
 from fedit.model import StackedModel
@@ -62,7 +62,7 @@ class Rows:
         """Attack the model of an adapter."""
         tuned = self._losses(adapter)
         rng = derive_rng(self._seed, "audit", "resample")
-        members, others = np.split(self._base - tuned, 2)
+        members, others = np.split(calibrated(self._base - tuned, self._base), 2)
         hits = hits_at(members, others, FALSE_SHARE)
         base = np.split(-self._base, 2)
         return Membership(
