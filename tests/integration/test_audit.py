@@ -129,7 +129,7 @@ def test_canaries_are_memorised_without_noise_and_not_with_it(fedit, recipe, tmp
     monkeypatch.setattr(canaries, "NUM_SECRETS", 32)
     monkeypatch.setattr(canaries, "NUM_EACH", 4)
     monkeypatch.setattr(canaries, "NUM_COINS", 48)
-    options = ["partition.num_clients=2", "rounds=1", "client.local_steps=2"]
+    options = ["partition.num_clients=2", "rounds=1", "client.local_steps=2", "aggregation.weighting=uniform"]
     out = tmp_path / "run"
     done = fedit("run", "default", "--out", out, *RUN[:4], *(part for each in options for part in ("-o", each)))
     assert done.status == 0, done.stderr
