@@ -14,7 +14,7 @@ from fedit.audit.subject import Setting, Subject, settings
 from fedit.audit.updates import audit_updates
 from fedit.config import RunConfig
 from fedit.files import write_json
-from fedit.interfaces import EngineError
+from fedit.interfaces import ConfigError, EngineError
 from fedit.report import write_report
 
 MOST_ROUNDS = 8
@@ -31,6 +31,8 @@ def audit_run(
     Raises:
         ConfigError, DataError, EngineError: the run cannot be audited (`Subject.open`).
     """
+    if rounds < 1:
+        raise ConfigError(f"--rounds {rounds}: runs with canaries take one round at least.")
     notify("Reading the rows and the base")
     subject = Subject.open(folder, config)
     sizes = {client: len(rows) for client, rows in subject.data.clients.items()}
