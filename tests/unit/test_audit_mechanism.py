@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import math
+from collections.abc import Iterator, Sequence
 from typing import Any
 
 import numpy as np
@@ -16,9 +17,10 @@ from fedit.audit.folder import violations
 from fedit.audit.mechanism import Promise, attack, audit_mechanism, central_promise, central_release, rows_release
 from fedit.audit.subject import Setting
 from fedit.config import RunConfig, load_config
-from fedit.interfaces import derive_rng, derive_seed
+from fedit.interfaces import Adapter, ClientFailure, ClientTask, ClientUpdate, derive_rng, derive_seed
 from fedit.own_privacy import OwnPrivacy
 from fedit.privacy import Draws, Mechanism, system_noise
+from fedit.server import ServerState, train
 
 SIZES = {str(index): 100 for index in range(100)}
 CENTRAL = ("cohort.sampling=poisson", "cohort.fraction=0.2", "privacy.noise_multiplier=0.8", "privacy.clip_norm=0.5")
@@ -151,6 +153,48 @@ class SameInAllSteps(Draws):
 
 def test_noise_that_is_used_again_in_other_steps() -> None:
     assert not broken_rows(draws=SameInAllSteps(7)).holds
+
+
+def test_noise_that_is_used_again_in_all_steps_of_a_tuning(monkeypatch: pytest.MonkeyPatch) -> None:
+    take = private_stack.PrivateStack.take_gradients
+
+    def forgets_to_count(self, slots=slice(None)):
+        before = dict(self._steps)
+        taken = take(self, slots)
+        self._steps = before
+        return taken
+
+    monkeypatch.setattr(private_stack.PrivateStack, "take_gradients", forgets_to_count)
+    assert not broken_rows().holds
+
+
+class Idle:
+    """Clients that change nothing: what is left is noise."""
+
+    def clients(self) -> dict[str, int]:
+        return SIZES
+
+    def run(self, tasks: Sequence[ClientTask]) -> Iterator[ClientUpdate | ClientFailure]:
+        for task in tasks:
+            zeros = {name: torch.zeros_like(tensor) for name, tensor in task.adapter.tensors.items()}
+            yield ClientUpdate(task.client, task.adapter.with_tensors(zeros), 1, 1, 0.0, 1)
+
+
+SEEDED = lambda index: derive_rng(0, "privacy", index).standard_normal
+
+
+@pytest.mark.parametrize("noise", [{}, {"noise": SEEDED}], ids=["real", "simulated"])
+def test_the_rounds_of_a_run_have_noise_of_their_own(noise: dict[str, Any]) -> None:
+    """The whole server: by the operating system, as in real federations, and by the seed, as in simulations."""
+    names = ("layer.lora_A.weight", "layer.lora_B.weight")
+    adapter = Adapter(dict(zip(names, (torch.zeros(8, 500), torch.zeros(500, 8)), strict=True)), 8, 8.0)
+    run = config("central", "rounds=4", "server_optimizer.learning_rate=1.0", "client.moments=reset")
+    states = [ServerState(0, adapter)]
+    train(run, Idle(), states[0], lambda state, record: states.append(state), **noise)
+    flat = torch.stack([torch.cat([state.adapter.tensors[name].flatten() for name in names]) for state in states])
+    steps = flat.diff(dim=0)
+    assert steps.std(dim=1).numpy() == pytest.approx(central().noise_multiplier * 0.5 / 20, rel=0.05)
+    assert (torch.corrcoef(steps) - torch.eye(4)).abs().max() < 5 / math.sqrt(8000)
 
 
 def test_noise_that_the_public_seed_gives_away() -> None:

@@ -56,7 +56,7 @@ def empirical_epsilon(
         right = int((~included[order[:size]]).sum() + included[order[num - size :]].sum())
         guesses = 2 * size
         epsilon = epsilon_lower_bound(num, guesses, right, delta, 1 - (1 - confidence) / len(tries))
-        if epsilon > best.epsilon or not best.num_guesses:
+        if epsilon > best.epsilon:
             best = EmpiricalEpsilon(epsilon, delta, num, guesses, right)
     return best
 

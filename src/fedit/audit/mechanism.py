@@ -197,26 +197,28 @@ def central_release(mechanism: Mechanism, noise: Callable[[int], Noise]) -> Rele
 
     def release(updates: np.ndarray, round_index: int) -> np.ndarray:
         scaled = torch.from_numpy(updates * clip_norm).float()
-        adapter = Adapter({"canaries": scaled[0]}, 1, 1.0)
+        adapter = Adapter({CLIENT: scaled[0]}, 1, 1.0)
         sent = (
-            ClientUpdate(str(index), adapter.with_tensors({"canaries": update}), 1, 1, 0.0, 1)
+            ClientUpdate(str(index), adapter.with_tensors({CLIENT: update}), 1, 1, 0.0, 1)
             for index, update in enumerate(scaled)
             if update.any()
         )
         mean, _ = mechanism.mean(adapter, adapter.tensors, sent, clip_norm, noise(round_index))
-        return mean.update.tensors["canaries"].double().numpy() * mechanism.expected_size / clip_norm
+        return mean.update.tensors[CLIENT].double().numpy() * mechanism.expected_size / clip_norm
 
     return release
 
 
 def rows_release(own: OwnPrivacy, draws: Draws) -> Release:
-    """Return what a client's step of DP-SGD makes of its rows' gradients."""
+    """Return what a client's step of DP-SGD makes of its rows' gradients; a run's rounds are steps of one tuning."""
     privacy = RowPrivacy(own.clip_norm, own.noise_multiplier, own.share, draws, own.num_expected)
+    rows = _Rows()
+    stack = PrivateStack(cast(StackedModel, rows), cast(StackedModel, rows), (CLIENT,))
 
     def release(gradients: np.ndarray, step: int) -> np.ndarray:
-        rows = _Rows(torch.from_numpy(gradients * own.clip_norm).float())
-        stack = PrivateStack(cast(StackedModel, rows), cast(StackedModel, rows), ("canaries",))
-        stack.start(0, privacy, CLIENT, step, Adapter({"canaries": rows.parameters[0]}, 1, 1.0))
+        rows.gradients, rows.start, rows.num_taken = torch.from_numpy(gradients * own.clip_norm).float(), 0, 0
+        if step % NUM_ROUNDS == 0:
+            stack.start(0, privacy, CLIENT, step, Adapter({CLIENT: rows.parameters[0]}, 1, 1.0))
         stack.begin_step({0})
         while rows.more(stack.max_rows):
             stack.add_rows([0] * rows.num_taken)
@@ -243,15 +245,15 @@ def local_release(config: RunConfig, own: OwnPrivacy, draws: Draws) -> Release:
 
 
 class _Rows:
-    """Stands for a model of one slot whose rows' gradients are given, [rows, d]."""
+    """Stands for a model of one slot whose rows' gradients are given."""
 
     num_slots = 1
 
-    def __init__(self, gradients: Tensor) -> None:
-        self._gradients = gradients
-        self._start = self.num_taken = 0
-        self.parameters = gradients.new_zeros(1, gradients.shape[1])
-        self.num_parameters = gradients.shape[1]
+    def __init__(self) -> None:
+        self.num_parameters = 2 * NUM_CANARIES + 1
+        self.parameters = torch.zeros(1, self.num_parameters)
+        self.gradients = torch.zeros(0, self.num_parameters)
+        self.start = self.num_taken = 0
 
     def collect_by_row(self, num_rows: int, trained: object) -> None:
         """Nothing is to be prepared."""
@@ -260,13 +262,13 @@ class _Rows:
         return slice(None)
 
     def flat(self, tensors: Mapping[str, Tensor], rank: int) -> Tensor:
-        return tensors["canaries"]
+        return tensors[CLIENT]
 
     def more(self, most: int) -> bool:
         """Go on to the next rows, `most` at most; tell whether there are some."""
-        self._start += self.num_taken
-        self.num_taken = min(most, len(self._gradients) - self._start)
+        self.start += self.num_taken
+        self.num_taken = min(most, len(self.gradients) - self.start)
         return self.num_taken > 0
 
     def take_gradients(self, rows: slice) -> Tensor:
-        return self._gradients[self._start : self._start + self.num_taken].clone()
+        return self.gradients[self.start : self.start + self.num_taken].clone()
