@@ -102,3 +102,13 @@ def test_what_was_not_audited_is_left_out() -> None:
     assert tokens_figure(audit) is roc_figure(audit) is None
     Console(width=120, record=True).print(leaks_table(audit))
     assert leaks({}) is None
+
+
+def test_central_noise_hides_nothing_from_the_server_that_adds_it() -> None:
+    audit = make_audit(labels={"central": "this run", "none": "without noise"})
+    shown = leaks(audit)
+    assert shown is not None
+    said = dict(shown["sentences"])
+    assert list(said) == ["One update", "The noisy sum", "The final model"]
+    assert said["One update"].startswith("The server, which is trusted to forget them, names 88%")
+    assert "exposure" not in said["One update"]

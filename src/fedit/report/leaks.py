@@ -93,7 +93,9 @@ def _sentences(audit: Audit) -> list[tuple[str, str]]:
     """Return who sees what, and what that tells of the run as it is."""
     own = next(iter(audit["labels"]))
     said = []
-    step, update = _found(audit, own, "one update", one_step=True), _found(audit, own, "one update")
+    # Noise that the server adds itself hides nothing from it.
+    seen_by_server = "none" if own == "central" else own
+    step, update = (_found(audit, seen_by_server, "one update", one_step=one) for one in (True, False))
     model = next((each for each in audit["canaries"] if each["setting"] == own), None)
     if step is not None and update is not None:
         text = f"{_named(step)} after one step of plain gradient descent; {_named(update)} after the local training"
@@ -101,7 +103,8 @@ def _sentences(audit: Audit) -> list[tuple[str, str]]:
             text += (
                 f". A canary in 16 copies has an exposure of {bits(model['update_exposure'])} of {_most(model)} bits"
             )
-        said.append(("One update", f"The server names {text}."))
+        who = "The server, which is trusted to forget them," if own == "central" else "The server"
+        said.append(("One update", f"{who} names {text}."))
     for seen, label in (("the sum", "The sum"), ("the noisy sum", "The noisy sum")):
         step, update = _found(audit, own, seen, one_step=True), _found(audit, own, seen)
         if step is not None and update is not None:
