@@ -33,6 +33,7 @@ def run(fedit, recipe, tmp_path) -> Path:
     return tmp_path / "run"
 
 
+@pytest.mark.slow
 def test_a_finished_run_is_audited_and_its_report_says_so(fedit, run: Path) -> None:
     done = fedit("audit", run, "--json")
     assert done.status == 0, done.stderr
@@ -124,6 +125,7 @@ def test_what_cannot_be_audited_is_refused(fedit, recipe, data, run: Path, tmp_p
 # ---------------------------------------------------------------------------------------- with and without a defence
 
 
+@pytest.mark.slow
 def test_canaries_are_memorised_without_noise_and_not_with_it(fedit, recipe, tmp_path, monkeypatch) -> None:
     """On the built-in base, one client beside those with canaries, many steps."""
     monkeypatch.setattr(canaries, "NUM_SECRETS", 32)
