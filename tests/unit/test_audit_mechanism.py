@@ -115,7 +115,7 @@ def broken_rows(own: OwnPrivacy | None = None, draws: Draws | None = None) -> au
     honest = rows()
     release = rows_release(own or honest, draws or Draws(7))
     known = Draws(derive_seed(0, "privacy"))
-    promise = Promise("dp-sgd", honest.noise_multiplier, lambda noise: 8.0)
+    promise = Promise("dp-sgd", honest.noise_multiplier, 8.0, lambda noise: 8.0)
     return attack(release, promise, 0, lambda index: lambda shape: known.normal(shape, audited.CLIENT, index))
 
 

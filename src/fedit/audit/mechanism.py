@@ -21,7 +21,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import asdict, dataclass, replace
+from dataclasses import asdict, dataclass
 from statistics import NormalDist
 from typing import Any, cast
 
@@ -64,8 +64,10 @@ class Promise:
 
     mechanism: str
     noise_multiplier: float
+    epsilon: float
+    """The accountant's, of the whole run"""
     spent: Callable[[float], float]
-    """The accountant's epsilon of the whole run, had its noise another multiplier"""
+    """What that would be with noise of another multiplier; no upper bound, where the accountant's is one"""
 
 
 @dataclass(frozen=True)
@@ -105,8 +107,7 @@ def audit_mechanism(config: RunConfig, sizes: Mapping[str, int]) -> MechanismAud
         return attack(central_release(mechanism, secret), central_promise(mechanism), config.seed, public)
     if (own := OwnPrivacy.of(config, max(sizes.values()))) is None:
         return None
-    spent = lambda noise: replace(own, noise_multiplier=noise).spent(own.num_tunings)
-    promise = Promise(own.mechanism, own.noise_multiplier, spent)
+    promise = own_promise(own)
     if own.mechanism == "local":
         return attack(local_release(config, own, Draws(seed)), promise, config.seed)
     known = Draws(derive_seed(config.seed, "privacy"))
@@ -119,7 +120,15 @@ def central_promise(mechanism: Mechanism) -> Promise:
     ratio = mechanism.noise_multiplier / mechanism.update_noise  # the rest hides how many were clipped
     rounds, delta = mechanism.num_affordable, mechanism.delta
     spent = lambda noise: spent_epsilon(noise * ratio, mechanism.share, rounds, delta)
-    return Promise("central", mechanism.update_noise, spent)
+    return Promise("central", mechanism.update_noise, mechanism.spent(rounds), spent)
+
+
+def own_promise(own: OwnPrivacy) -> Promise:
+    """Return what a client's own noise promises it."""
+    factor = 1.0 if own.mechanism == "dp-sgd" else 0.5
+    steps = own.steps_per_tuning * own.num_tunings
+    spent = lambda noise: spent_epsilon(factor * noise, own.share, steps, own.delta)
+    return Promise(own.mechanism, own.noise_multiplier, own.spent(own.num_tunings), spent)
 
 
 def attack(
@@ -154,7 +163,7 @@ def _judge(promise: Promise, share: float, scores: Sequence[np.ndarray], include
         promise.mechanism,
         promised,
         found,
-        promise.spent(promised),
+        promise.epsilon,
         0.0 if found is None else promise.spent(max(found, promised / 4)),  # less noise costs more still
         empirical_epsilon(scores, included, DELTA, CONFIDENCE).epsilon,
         spent_epsilon(promised / share, 1.0, NUM_ROUNDS, DELTA),
