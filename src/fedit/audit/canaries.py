@@ -110,7 +110,7 @@ def _ask(
     sent: dict[str, list[tuple[Adapter, Adapter]]] = {COPIED: [], TOSSED: []}
     adapter = trained(config, model, subject.initial, planted.clients, sent)
     lengths = np.asarray([coin.num_supervised for coin in planted.coins])
-    base, tuned = response_losses(model, [None, adapter], planted.coins)
+    base, tuned = _losses(model, [None, adapter], planted.coins)
     lowered = {"model": calibrated(base - tuned, base, lengths)}
     update_exposure = None
     if config.privacy is None or config.privacy.mechanism != "central":
@@ -181,9 +181,10 @@ def _encoded(subject: Subject, examples: Sequence[Example]) -> list[EncodedExamp
     return encode_all(examples, subject.config.data, subject.model.tokenizer)[0]
 
 
-def _losses(model: StackedModel, adapters: Sequence[Adapter], rows: Sequence[EncodedExample]) -> np.ndarray:
+def _losses(model: StackedModel, adapters: Sequence[Adapter | None], rows: Sequence[EncodedExample]) -> np.ndarray:
     """Return the loss of every row under every adapter, [adapters, rows], so many of them at a time."""
-    parts = [response_losses(model, adapters[i : i + NUM_SLOTS], rows) for i in range(0, len(adapters), NUM_SLOTS)]
+    size = 1 if any(adapter is not None and adapter.side for adapter in adapters) else NUM_SLOTS  # sides share no pass
+    parts = [response_losses(model, adapters[i : i + size], rows) for i in range(0, len(adapters), size)]
     return np.concatenate([np.zeros((0, len(rows))), *parts])
 
 
