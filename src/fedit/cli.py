@@ -15,6 +15,7 @@ from rich.console import Console
 from rich.table import Table
 from rich.text import Text
 
+from fedit.cli_audit import audit_app
 from fedit.cli_federation import federation_app, site_app
 from fedit.config import DType, RunConfig, load_plugins, parse_config
 from fedit.console import (
@@ -40,6 +41,7 @@ if TYPE_CHECKING:
 app = App(name="fedit", help="Federated instruction tuning: tune one LLM on everybody's instructions.")
 app.command(federation_app)
 app.command(site_app)
+app.command(audit_app)
 
 
 @app.command

@@ -160,12 +160,12 @@ def run_round(
     updates = answers.updates(engine.run(tasks) if tasks else iter(()), min_updates)
     sees_each = mechanism is None and config.secure_sums is None
     clip_norm = next_clip_norm = None
+    started = time.perf_counter()
     if mechanism is not None:
         clip_norm = mechanism.config.clip_norm if state.clip_norm is None else state.clip_norm
         mean, next_clip_norm = mechanism.mean(state.adapter, state.adapter.only(shared), updates, clip_norm, noise)
         updates = iter([mean])
     rng = derive_rng(config.seed, "aggregation", state.round_index)
-    started = time.perf_counter()
     result = config.aggregation.aggregate(state.adapter, updates, rng)
     for _ in updates:  # what a rule leaves unread is counted all the same
         pass

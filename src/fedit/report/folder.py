@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 from urllib.parse import unquote
@@ -28,6 +28,8 @@ class RunFolder:
     """``timings.jsonl``: of rounds and of phases"""
     evaluation: Mapping[str, Any]
     """``evaluation.json``"""
+    audit: Mapping[str, Any] = field(default_factory=dict)
+    """``audit.json``"""
 
     @classmethod
     def read(cls, path: Path) -> RunFolder:
@@ -47,6 +49,7 @@ class RunFolder:
             rounds=list(_read_lines(path / "rounds.jsonl")),
             timings=list(_read_lines(path / "timings.jsonl")),
             evaluation=_read_json(path / "evaluation.json"),
+            audit=_read_json(path / "audit.json"),
         )
 
     @property

@@ -13,6 +13,7 @@ from fedit.report import format as formats
 from fedit.report import plots
 from fedit.report.finding import state_finding, state_privacy, state_sites
 from fedit.report.folder import RunFolder
+from fedit.report.leaks import leaks
 from fedit.report.samples import choose_samples
 from fedit.report.terminal import cleaning_lines
 
@@ -72,6 +73,7 @@ def _sections(run: RunFolder) -> dict[str, Any]:
         "privacy": _privacy(run),
         "saw_sums": run.run.get("secure_aggregation")
         or (run.run.get("privacy") or {}).get("mechanism") == "distributed",
+        "leaks": leaks(run.audit),
         "communication": _communication(run),
         "time": _time(run),
         "peak_memory": max((timing.get("peak_memory_bytes") or 0 for timing in run.timings), default=0),

@@ -1,0 +1,201 @@
+"""What a model memorises: canaries are put among the rows, the recipe is run, and what it sends is asked for them.
+
+A canary is a row whose instruction and response are random words of the held-out rows (a base that never read digits
+could not learn a number by heart). Its exposure (1802.08232) is
+
+    log2 |R| - log2 (its rank by loss among R responses made the same way)
+
+which is 1.4 bits on average of a secret that was never seen, and log2 |R| of one that is the model's first guess. Two
+clients join: one has canaries in 1, 4 and 16 copies (others, in no row, are the controls); the other has single ones,
+each there or not by its own fair coin: how well their losses tell which are proves a lower bound of epsilon of a row
+(2305.08846).
+
+The final model is asked by its loss. The server knows more: of each update, by how much it lowers a canary's loss,
+which for the coins is added up over the rounds.
+"""
+
+from __future__ import annotations
+
+import re
+from collections import Counter
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, replace
+
+import numpy as np
+
+from fedit.audit.bounds import EmpiricalEpsilon, auc, calibrated, empirical_epsilon
+from fedit.audit.membership import Membership, Rows
+from fedit.audit.subject import Setting, Subject, trained
+from fedit.config import RunConfig
+from fedit.data import encode_all
+from fedit.evaluation.heldout import NUM_SLOTS, response_losses
+from fedit.interfaces import Adapter, EncodedExample, Example, Turn, derive_rng
+from fedit.model import StackedModel
+from fedit.own_privacy import OwnPrivacy
+
+COPIES = (0, 1, 4, 16)
+NUM_EACH = 4
+"""Canaries of each number of copies"""
+COPIED, TOSSED = "\x1fcopied canaries", "\x1ftossed canaries"
+"""The clients that hold them"""
+NUM_SECRETS = 128
+"""R"""
+NUM_WORDS = 5
+"""Of an instruction, and of a response"""
+MOST_WORDS = 500
+"""That they are drawn of, the most frequent ones"""
+NUM_COINS = 128
+DELTA = 1e-6
+"""Of the lower bound, and of the accountant's epsilon that it is compared with"""
+
+
+@dataclass(frozen=True)
+class CanaryAudit:
+    """What a setting gives away."""
+
+    setting: str
+    rounds: int
+    highest: float
+    """The exposure of a canary that is the first guess"""
+    exposure: Mapping[int, float]
+    """Of the final model: mean bits by the number of copies"""
+    update_exposure: Mapping[int, float] | None
+    """Of the last update; None: with central noise nobody but the trusted server has it"""
+    coin_auc: float
+    """Of the final model: how well single canaries that were there are told from those that were not"""
+    update_coin_auc: float | None
+    """Of all updates"""
+    empirical: EmpiricalEpsilon
+    """Of a row"""
+    epsilon: float | None
+    """The accountant's for a row at the same delta; None: it promises nothing of a row"""
+    membership: Membership
+    """Of the clients' own rows"""
+
+    @property
+    def holds(self) -> bool:
+        """Whether the accountant's epsilon is not exceeded."""
+        return self.epsilon is None or self.empirical.epsilon <= self.epsilon
+
+
+@dataclass(frozen=True, eq=False)
+class _Planted:
+    """The clients' rows with the canaries among them, and what is asked for."""
+
+    clients: Mapping[str, Sequence[EncodedExample]]
+    candidates: Sequence[Sequence[EncodedExample]]
+    """Of each canary its own secret, then others; `NUM_EACH` canaries for each of `COPIES`"""
+    coins: Sequence[EncodedExample]
+    included: np.ndarray
+    """bool [coins]"""
+
+
+def audit_canaries(subject: Subject, chosen: Sequence[Setting], rounds: int, rows: Rows) -> list[CanaryAudit]:
+    """Run each setting for so many rounds with canaries among the rows, and ask its model for them."""
+    planted = _plant(subject)
+    sizes = [len(each) for each in planted.clients.values()]
+    return [_ask(subject, setting, rounds, rows, planted, row_epsilon(setting.config, rounds, sizes))
+            for setting in chosen]  # fmt: skip
+
+
+def _ask(
+    subject: Subject,
+    setting: Setting,
+    rounds: int,
+    rows: Rows,
+    planted: _Planted,
+    epsilon: float | None,
+) -> CanaryAudit:
+    model, config = subject.model, setting.config.model_copy(update={"rounds": rounds})
+    sent: dict[str, list[tuple[Adapter, Adapter]]] = {COPIED: [], TOSSED: []}
+    adapter = trained(config, model, subject.initial, planted.clients, sent)
+    lengths = np.asarray([coin.num_supervised for coin in planted.coins])
+    base, tuned = _losses(model, [None, adapter], planted.coins)
+    lowered = {"model": calibrated(base - tuned, base, lengths)}
+    update_exposure = None
+    if config.privacy is None or config.privacy.mechanism != "central":
+        stages = [stage for pair in sent[TOSSED] for stage in pair]
+        losses = _losses(model, stages, planted.coins).reshape(-1, 2, NUM_COINS)
+        steps = [calibrated(before - after, before, lengths) for before, after in losses]
+        lowered["updates"] = np.sum([np.zeros(NUM_COINS), *steps], axis=0)
+        if sent[COPIED]:
+            before, after = (_candidate_losses(model, stage, planted) for stage in sent[COPIED][-1])
+            update_exposure = _exposures(after - before)
+    aucs = {who: auc(each[planted.included], each[~planted.included]) for who, each in lowered.items()}
+    return CanaryAudit(
+        setting.name,
+        rounds,
+        float(np.log2(NUM_SECRETS)),
+        _exposures(_candidate_losses(model, adapter, planted)),
+        update_exposure,
+        aucs["model"],
+        aucs.get("updates"),
+        empirical_epsilon(list(lowered.values()), planted.included, DELTA),
+        epsilon,
+        rows.judge(adapter),
+    )
+
+
+def row_epsilon(config: RunConfig, rounds: int, sizes: Sequence[int]) -> float | None:
+    """Return the largest epsilon that the accountant has for a row of clients of these sizes, at `DELTA`."""
+    config = config.model_copy(update={"rounds": rounds})
+    own = [privacy for size in set(sizes) if (privacy := OwnPrivacy.of(config, size)) is not None]
+    spent = [
+        replace(each, delta=DELTA).spent(each.num_tunings) for each in own if each.mechanism in {"dp-sgd", "local"}
+    ]
+    return max(spent, default=None)
+
+
+def _plant(subject: Subject) -> _Planted:
+    """Return the clients with two more: one that has canaries in copies, and one with those that the coins chose."""
+    rng = derive_rng(subject.config.seed, "audit", "canaries")
+    words = _words(subject.data.test)
+    candidates, copied = [], list[EncodedExample]()
+    for copies in (copies for copies in COPIES for _ in range(NUM_EACH)):
+        asked = _phrase(words, rng)
+        secrets = [_canary(asked, _phrase(words, rng)) for _ in range(NUM_SECRETS)]
+        candidates.append(_encoded(subject, secrets))
+        copied += candidates[-1][:1] * copies
+    coins = _encoded(subject, [_canary(_phrase(words, rng), _phrase(words, rng)) for _ in range(NUM_COINS)])
+    included = rng.random(NUM_COINS) < 0.5
+    chosen = [coin for coin, there in zip(coins, included, strict=True) if there]
+    return _Planted({**subject.data.clients, COPIED: copied, TOSSED: chosen}, candidates, coins, included)
+
+
+def _words(rows: Sequence[EncodedExample]) -> list[str]:
+    """Return the most frequent words of the rows' turns."""
+    texts = (text for row in rows for turn in row.example.turns for text in (turn.instruction, turn.response))
+    counts = Counter(word for text in texts for word in re.findall(r"\w+", text))
+    return [word for word, _ in counts.most_common(MOST_WORDS)]
+
+
+def _phrase(words: Sequence[str], rng: np.random.Generator) -> str:
+    return " ".join(words[int(index)] for index in rng.integers(0, len(words), NUM_WORDS))
+
+
+def _canary(asked: str, secret: str) -> Example:
+    return Example((Turn(asked, secret),), category="canary")
+
+
+def _encoded(subject: Subject, examples: Sequence[Example]) -> list[EncodedExample]:
+    return encode_all(examples, subject.config.data, subject.model.tokenizer)[0]
+
+
+def _losses(model: StackedModel, adapters: Sequence[Adapter | None], rows: Sequence[EncodedExample]) -> np.ndarray:
+    """Return the loss of every row under every adapter, [adapters, rows], so many of them at a time."""
+    size = 1 if any(adapter is not None and adapter.side for adapter in adapters) else NUM_SLOTS  # sides share no pass
+    parts = [response_losses(model, adapters[i : i + size], rows) for i in range(0, len(adapters), size)]
+    return np.concatenate([np.zeros((0, len(rows))), *parts])
+
+
+def _candidate_losses(model: StackedModel, adapter: Adapter, planted: _Planted) -> np.ndarray:
+    """Return the losses of all secrets, [canaries, secrets]."""
+    rows = [row for secrets in planted.candidates for row in secrets]
+    return response_losses(model, [adapter], rows)[0].reshape(len(planted.candidates), NUM_SECRETS)
+
+
+def _exposures(losses: np.ndarray) -> Mapping[int, float]:
+    """Return the mean exposure of the canaries of each number of copies, bits, by losses [canaries, secrets]."""
+    ranks = (losses[:, 1:] < losses[:, :1]).sum(axis=1) + 1
+    bits = np.log2(NUM_SECRETS) - np.log2(ranks)
+    return {copies: float(mean) for copies, mean in zip(COPIES, bits.reshape(-1, NUM_EACH).mean(axis=1), strict=True)}

@@ -1,0 +1,66 @@
+"""What an audit calls a broken promise."""
+
+from __future__ import annotations
+
+import dataclasses
+
+from fedit.audit.bounds import EmpiricalEpsilon
+from fedit.audit.canaries import CanaryAudit, row_epsilon
+from fedit.audit.folder import violations
+from fedit.audit.mechanism import MechanismAudit
+from fedit.audit.membership import Membership
+from fedit.audit.subject import Setting, settings, with_privacy
+from fedit.config import load_config
+
+FINE = MechanismAudit("central", 0.8, 0.9, 8.0, 7.0, 2.0, 7.8)
+HERE = Setting("central", "this run", load_config("default"))
+CANARIES = CanaryAudit(
+    "dp-sgd", 8, 7.0, {}, None, 0.5, None, EmpiricalEpsilon(2.0, 1e-6, 128, 128, 120), 2.5,
+    Membership(1, 0.5, (0, 1), 0, (0, 1), 0.5, 0.5, (0, 1)),
+)  # fmt: skip
+
+
+def test_what_holds_is_no_violation() -> None:
+    nothing_found = dataclasses.replace(FINE, found_noise=None, found_epsilon=0.0)
+    assert violations([(HERE, FINE), (HERE, nothing_found)], [CANARIES]) == []
+
+
+def test_less_noise_than_promised_and_more_epsilon_than_accounted_for() -> None:
+    less = dataclasses.replace(FINE, found_noise=0.41, found_epsilon=25.0)
+    more = dataclasses.replace(FINE, one_run_epsilon=8.5)
+    leaky = dataclasses.replace(CANARIES, empirical=EmpiricalEpsilon(3.5, 1e-6, 128, 128, 126))
+    first, second, third = violations([(HERE, less), (HERE, more)], [leaky])
+    assert "0.41 clip norms at most" in first
+    assert "the true epsilon is 25.00 at least, the accountant says 8.00" in first
+    assert "an epsilon of 8.50 is proven" in second
+    assert "canaries prove an epsilon of 3.50 of a row, the accountant says 2.50" in third
+
+
+def test_what_promises_nothing_of_a_row_cannot_break_it() -> None:
+    assert row_epsilon(load_config("default"), 8, [240]) is None
+    assert dataclasses.replace(CANARIES, epsilon=None).holds
+
+
+def test_a_rows_epsilon_grows_with_the_rounds_and_is_that_of_the_smallest_client() -> None:
+    private = with_privacy(load_config("default"), {"mechanism": "dp-sgd", "noise_multiplier": 1.0})
+    few, more, smaller = (row_epsilon(private, *each) for each in ((4, [240]), (8, [240]), (8, [240, 60])))
+    assert few is not None
+    assert more is not None
+    assert smaller is not None
+    assert few < more < smaller
+
+
+def test_what_a_recipe_cannot_have_is_named_with_the_reason() -> None:
+    found, refused = settings(
+        load_config("default", ["aggregation.name=multi-krum", "server_optimizer.learning_rate=1.0"]),
+        {"a": 100, "b": 100},
+    )
+    assert [each.name for each in found] == ["none", "dp-sgd", "local"]
+    assert "it needs each client's update" in refused["central, epsilon 8"]
+
+
+def test_a_private_run_is_compared_with_itself_without_noise() -> None:
+    private = with_privacy(load_config("default"), {"mechanism": "dp-sgd", "noise_multiplier": 1.0})
+    found, _ = settings(private, {"a": 100, "b": 100})
+    assert [(each.name, each.label) for each in found[:2]] == [("dp-sgd", "this run"), ("none", "without noise")]
+    assert found[1].config.privacy is None
