@@ -50,10 +50,14 @@ def round_of(clients: int, numbers: int, lost: int, noise: float) -> dict[str, f
     public = {name: key.public_key().public_bytes_raw().hex() for name, key in identities.items()}
     parties = {name: Party(name, key, lambda n, k: public[n] == k, 2 / 3, 3, "run") for name, key in identities.items()}
     clip_norm = 1.0
-    encoding = Encoding(clip_norm, 1, 2 * clip_norm * (clients + 20 * noise) / 2**32, "uniform", noise, False)
+    encoding = Encoding(clip_norm, 1, 2 * clip_norm * (clients + 1 + 20 * noise) / 2**32, "uniform", noise, False)
     shape = Adapter({"layer.lora_B.weight": torch.randn(numbers) / (2 * numbers**0.5)}, 1, 1.0)
     update = ClientUpdate("one", shape, 1, 1, 0.0, 1)
-    collector, clock, traffic = Collector("benchmark", names, 2 / 3, numbers), Clock(), {"up": 0, "down": 0}
+    collector, clock, traffic = (
+        Collector("benchmark", names, 2 / 3, numbers, "run", "task"),
+        Clock(),
+        {"up": 0, "down": 0},
+    )
 
     def ask(requests: dict[str, Words], absent: int = 0) -> dict[str, Words]:
         answers = {}

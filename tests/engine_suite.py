@@ -10,7 +10,7 @@ import json
 import random
 import re
 import threading
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -22,6 +22,7 @@ from federations import SITES, Finished, Sites, federate, load, simulate
 from fedit.config import RunConfig
 from fedit.engines import remote_site
 from fedit.engines.channel import ChannelError, Header
+from fedit.engines.identities import own_identity, public_identity
 from fedit.engines.remote import Remote
 from fedit.federation import expected_of
 from fedit.interfaces import Adapter, EngineError, RoundError
@@ -708,22 +709,43 @@ def test_a_site_whose_worker_restarts_is_lost_to_the_round(recipe: Path, sites: 
         sites.become(site, "two suffice")
     restart_once(sites, "c", 0)
     _, records = federate(load(recipe, *options), sites)
-    assert "has no keys of this round: it was started again meanwhile" in records[0].failures["c"]
+    assert "has no keys of this round: it was started again" in records[0].failures["c"]
     assert records[1].failures == {}
 
 
 def test_a_site_that_takes_part_in_sums_alone(recipe: Path, sites: Sites) -> None:
-    sites.become("b", "sums only")
+    """With sites that it knows by their identities: an identity that is not theirs is another site's."""
+    paths = {site: sites.folder_of(site).path for site in SITES}
+    identities = {site: public_identity(own_identity(path)) for site, path in paths.items()}
+
+    def allow(peers: Mapping[str, str]) -> None:
+        sites.become("b", "plain")
+        lines = "".join(f'{site} = "{identity}"\n' for site, identity in peers.items())
+        with (paths["b"] / "site.toml").open("a") as file:
+            file.write(f"[policy]\nsums_only = true\n[peers]\n{lines}")
+
+    allow(identities)
     config = load(recipe)
     missing = Remote(config, sites, SITES, expected_of(prepare_model(config))).join()
     assert missing == {"b": "it refuses: it takes part only where the server sees sums alone. Use [secure_aggregation]"}
     _, records = federate(load(recipe, *SECURE, "rounds=1"), sites)
     assert records[0].failures == {}
+    allow({**identities, "c": identities["a"]})
+    with pytest.raises(RoundError, match=r"got shares of 2 of 3 parties, .* b: it refuses: b does not know c by the"):
+        federate(load(recipe, *SECURE, "rounds=2"), sites)
+
+
+def test_a_threshold_that_is_too_low_for_a_site_is_refused(recipe: Path, sites: Sites) -> None:
+    config = load(recipe, *SECURE, "secure_aggregation.threshold=0.5")
+    sites.become("a", "two suffice")
+    missing = Remote(config, sites, SITES, expected_of(prepare_model(config))).join()
+    reason = "it refuses: [secure_aggregation] threshold = 0.5 is too low, it wants 0.667"
+    assert missing == dict.fromkeys(("b", "c"), reason)
 
 
 def test_a_site_that_wants_more_parties_than_there_are_is_lost(recipe: Path, sites: Sites) -> None:
     sites.become("a", "wary")
-    with pytest.raises(RoundError, match="secure aggregation got shares of 2 of 3 parties"):
+    with pytest.raises(RoundError, match=r"got shares of 2 of 3 .* a: it refuses: a takes part with 4 parties"):
         federate(load(recipe, *SECURE, "rounds=1"), sites)
     assert "takes part with 4 parties or more, not 3" in json.dumps(list(sites.folder_of("a").logged()))
 
@@ -743,8 +765,16 @@ def test_noise_in_shares_at_real_sites(recipe: Path, sites: Sites) -> None:
     options = (*HIDDEN, "aggregation.name=fedit", "aggregation.weighting=uniform", "privacy.clip_norm=0.01", "rounds=2")
     adapters = [federate(load(recipe, *options), sites)[0] for _ in range(2)]
     assert any(not torch.equal(t, adapters[1].tensors[n]) for n, t in adapters[0].tensors.items())
-    sent = [line for line in sites.folder_of("a").logged() if "epsilon_against_server" in line][-4:]
-    assert all(line["masked"] and line["epsilon_against_server"] >= line["epsilon"] for line in sent)
-    of_a_run = [line["epsilon_against_server"] for line in sent[:2]]
-    assert of_a_run == sorted(of_a_run)
+    sent = [line for line in sites.folder_of("a").logged() if "epsilon_against_parties" in line][-4:]
+    assert all(line["masked"] and line["epsilon_against_parties"] >= line["epsilon"] for line in sent)
+    of_a_run = [line["epsilon_against_parties"] for line in sent[:2]]
     assert of_a_run[0] < of_a_run[1]
+    assert sent[0]["registered"] == 3
+    assert sent[0]["noise_multiplier"] == 0.5
+
+
+def test_with_noise_a_client_that_fails_is_there_with_nothing(recipe: Path, sites: Sites) -> None:
+    """That its training broke may depend on its rows: neither the server nor the record hears of it."""
+    options = (*HIDDEN, "aggregation.name=fedit", "aggregation.weighting=uniform", "privacy.clip_norm=0.01", "rounds=1")
+    _, (record,) = federate(load(recipe, *options, "client.learning_rate=1e30", "client.clip_norm=none"), sites)
+    assert record.failures == {}

@@ -69,9 +69,8 @@ KINDS = {
     "broken": ("broken.jsonl", ""),
     "poor": ("rows/{site}.jsonl", "memory_gb = 0.0001\n"),
     "silent": ("rows/{site}.jsonl", "[policy]\ncounts = false\nlosses = false\nevaluation = false\n"),
-    "sums only": ("rows/{site}.jsonl", "[policy]\nsums_only = true\n"),
     "wary": ("rows/{site}.jsonl", "[policy]\nmin_parties = 4\n"),
-    "two suffice": ("rows/{site}.jsonl", "[policy]\nmin_parties = 2\n"),
+    "two suffice": ("rows/{site}.jsonl", "[policy]\nmin_parties = 2\nthreshold = 0.5\n"),
     "small": ("rows/{site}.jsonl", "[policy]\nmax_message_mb = 0.001\n"),
 }
 """What a site may be: its rows, and the end of its site.toml"""

@@ -180,6 +180,8 @@ class ClientUpdate:
     """What the client's privacy has cost it by now, where it adds the noise itself; it is not sent."""
     num_bytes: int | None = None
     """All that came for it, where that is neither the message nor float32 tensors."""
+    noise_shares: float = 0.0
+    """Variance of the noise that it has from its clients, in parts of what was promised"""
 
 
 @dataclass(frozen=True, slots=True)

@@ -10,8 +10,9 @@ rounds do with this mean costs no more privacy.
 
 *central*: the server sees single updates, clips them and adds the noise; it is trusted to forget them. *distributed*:
 the clients clip and add shares of the noise, of variance (z C)^2 at least, and the server sees the sum alone
-(`fedit.secure`). Neighbours differ then by a client that sends zero in place of its update. The server knows who was
-asked, so that against it sampling hides nobody.
+(`fedit.secure`). It adds what shares of lost parties leave to a variance that is the same in all rounds, or the noise
+would tell how many came. Neighbours differ by a client that sends zero in place of its update. The server and the other
+parties know who was asked, so that against them sampling hides nobody.
 """
 
 from __future__ import annotations
@@ -49,6 +50,8 @@ class Mechanism:
     num_rounds: int
     delta: float
     noise_multiplier: float
+    variance: float = 1.0
+    """Of the noise on a sum, in (z C)^2: more than what is promised, where lost parties' shares are made up for"""
 
     @property
     def is_distributed(self) -> bool:
@@ -76,7 +79,10 @@ class Mechanism:
         if noise is None:
             assert privacy.target_epsilon is not None
             noise = noise_for(privacy.target_epsilon, share, run.rounds, delta)
-        made = cls(privacy, num_clients, share, run.rounds, delta, noise)
+        variance = 1.0
+        if privacy.mechanism == "distributed" and (sums := run.secure_sums) is not None:
+            variance = sums.most_noise
+        made = cls(privacy, num_clients, share, run.rounds, delta, noise, variance)
         if not made.num_affordable:
             raise ConfigError(
                 f"[privacy] noise_multiplier = {noise:g} costs an epsilon of {made.spent(1):.2f} in the first round, "
@@ -119,7 +125,7 @@ class Mechanism:
             return self.num_rounds  # the noise was made for it
         return bisect.bisect_right(range(1, self.num_rounds + 1), budget, key=self.spent)
 
-    def spent_against_server(self, num_rounds: int) -> float:
+    def spent_against_parties(self, num_rounds: int) -> float:
         """Return the epsilon of so many rounds that a client takes part in, for who knows in which."""
         return spent_epsilon(self.noise_multiplier, 1.0, num_rounds, self.delta)
 
@@ -131,8 +137,8 @@ class Mechanism:
         if self.is_distributed:
             adjacency = "one client's update replaced by zero"
             trust = (
-                f"the server sees the noisy sums of rounds alone. It knows who is in them: against it epsilon is "
-                f"{self.spent_against_server(most_rounds):.3g}, of {most_rounds} rounds of one client"
+                "the server sees the noisy sums of rounds alone. It and the other parties know who is in them: against "
+                f"them epsilon is {self.spent_against_parties(most_rounds):.3g}, of {most_rounds} rounds of one client"
             )
         return {
             "epsilon": self.spent(self.num_affordable),
@@ -159,24 +165,24 @@ class Mechanism:
     ) -> tuple[ClientUpdate, float]:
         """Consume a round's updates, and return their noisy mean, as the update of one client, and the next clip norm.
 
-        `shapes` are the tensors that clients share; where nobody came it is all noise. A mean of clients that have
-        clipped and added noise themselves is as good as they are.
+        `shapes` are the tensors that clients share; where nobody came it is all noise. To the mean of clients that have
+        clipped and added noise themselves what is missing to `variance` is added.
         """
         sums = {name: torch.zeros_like(tensor, dtype=torch.float64) for name, tensor in shapes.items()}
-        within, is_noisy = 0.0, False
+        within, missing = 0.0, self.variance
         for result in updates:
             if self.is_distributed:
                 for name, tensor in result.update.tensors.items():
                     sums[name] += tensor.double() * (1 + len(result.others))
-                is_noisy = True
+                missing = max(0.0, self.variance - result.noise_shares)
                 continue
             clipped, norm = clip(result.update.tensors, clip_norm)
             within += 0.5 if norm <= clip_norm else -0.5
             for name, tensor in clipped.items():
                 sums[name] += tensor
         for tensor in sums.values():
-            if not is_noisy:
-                tensor += torch.from_numpy(noise(tuple(tensor.shape))) * (self.update_noise * clip_norm)
+            deviation = self.update_noise * clip_norm * math.sqrt(missing)
+            tensor += torch.from_numpy(noise(tuple(tensor.shape))) * deviation
             tensor /= self.expected_size
         update = ClientUpdate("noisy mean", adapter.with_tensors(sums), 1, 0, 0.0, 1)
         if (quantile := self.config.clip_quantile) is None:

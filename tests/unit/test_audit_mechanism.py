@@ -14,19 +14,30 @@ import torch
 from fedit import privacy, private_stack
 from fedit.audit import mechanism as audited
 from fedit.audit.folder import violations
-from fedit.audit.mechanism import Promise, attack, audit_mechanism, central_promise, central_release, rows_release
+from fedit.audit.mechanism import (
+    Promise,
+    attack,
+    audit_mechanism,
+    central_promise,
+    central_release,
+    rows_release,
+    shares_release,
+)
 from fedit.audit.subject import Setting
 from fedit.config import RunConfig, load_config
 from fedit.interfaces import Adapter, ClientFailure, ClientTask, ClientUpdate, derive_rng, derive_seed
 from fedit.own_privacy import OwnPrivacy
 from fedit.privacy import Draws, Mechanism, system_noise
+from fedit.secure import encoding
+from fedit.secure.encoding import PartySum
 from fedit.server import ServerState, train
 
 SIZES = {str(index): 100 for index in range(100)}
 CENTRAL = ("cohort.sampling=poisson", "cohort.fraction=0.2", "privacy.noise_multiplier=0.8", "privacy.clip_norm=0.5")
 ROWS = ("privacy.mechanism=dp-sgd", "privacy.target_epsilon=8", "privacy.clip_norm=0.1")
 LOCAL = ("privacy.mechanism=local", "privacy.target_epsilon=8", "privacy.clip_norm=0.1", "privacy.delta=1e-5")
-KINDS = {"central": CENTRAL, "dp-sgd": ROWS, "local": LOCAL}
+SHARES = (*CENTRAL, "privacy.mechanism=distributed")
+KINDS = {"central": CENTRAL, "distributed": SHARES, "dp-sgd": ROWS, "local": LOCAL}
 
 
 def config(kind: str, *more: str) -> RunConfig:
@@ -166,6 +177,39 @@ def test_noise_that_is_used_again_in_all_steps_of_a_tuning(monkeypatch: pytest.M
 
     monkeypatch.setattr(private_stack.PrivateStack, "take_gradients", forgets_to_count)
     assert not broken_rows().holds
+
+
+def broken_shares(draws: Draws | None = None) -> audited.MechanismAudit:
+    run = config("distributed")
+    mechanism = Mechanism.of(run, len(SIZES))
+    assert mechanism is not None
+    return attack(shares_release(run, mechanism, draws or Draws(7)), central_promise(mechanism), 0)
+
+
+def test_parties_that_do_not_clip(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(encoding, "clip", lambda tensors, bound: (dict(tensors), 0.0))
+    assert not broken_shares().holds
+
+
+def test_shares_of_noise_for_all_parties_in_place_of_those_that_are_enough(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Shares of a nineteenth of the variance, where seven parties are left: noise too small by a factor of 0.6."""
+    add_noise = PartySum.add_noise
+    monkeypatch.setattr(PartySum, "add_noise", lambda self, threshold, uniform: add_noise(self, 20, uniform))
+    found = broken_shares()
+    assert not found.holds
+    assert found.found_noise is not None
+    assert found.found_noise < found.noise_multiplier
+
+
+class SameInAllRounds(Draws):
+    """Forgets the round."""
+
+    def uniform(self, size, *purpose):
+        return super().uniform(size, *purpose[1:])
+
+
+def test_shares_of_noise_that_are_used_again_in_other_rounds() -> None:
+    assert not broken_shares(SameInAllRounds(7)).holds
 
 
 class Idle:

@@ -169,26 +169,29 @@ def test_what_the_count_costs_is_paid_by_more_noise_on_the_updates() -> None:
 DISTRIBUTED = {"mechanism": "distributed", "noise_multiplier": 1.5, "clip_norm": 0.5}
 
 
-def test_of_noise_in_shares_the_server_adds_none_and_divides_by_the_expected_size() -> None:
-    """A mean of three that come as one is three in the sum, whatever its norm: it is noisy already."""
+def test_of_noise_in_shares_the_server_adds_what_is_missing() -> None:
+    """A mean of three that come as one is three in the sum, whatever its norm, and the variance is always the same."""
     made = mechanism(config(DISTRIBUTED))
-    mean = replace(update("c0", adapter(1, 100.0)), others=("c3", "c7"))
-    got = mean_of(made, [mean], silence)
-    for name, tensor in got.items():
-        torch.testing.assert_close(tensor, mean.update.tensors[name].double() * 3 / 5)
+    assert made.variance == 2.0, "four of four have that, three being needed"
+    start = adapter(0, num_inputs=50_000)
+    for shares in (0.0, 1.5, 2.0):
+        mean = replace(update("c0", start), others=("c3", "c7"), noise_shares=shares)
+        result, _ = made.mean(start, start.tensors, [mean], 0.5, seeded(0))
+        noise = result.update.tensors[A] - start.tensors[A].double() * 3 / 5
+        assert float(noise.std()) == pytest.approx(1.5 * 0.5 * math.sqrt(2 - shares) / 5, rel=0.01, abs=1e-12)
 
 
 def test_of_noise_in_shares_a_round_that_nobody_comes_to_is_the_servers_noise() -> None:
     made = mechanism(config(DISTRIBUTED))
     start = adapter(0, num_inputs=50_000)
     result, _ = made.mean(start, start.tensors, [], 0.5, seeded(0))
-    assert result.update.tensors[A].numpy().std() == pytest.approx(1.5 * 0.5 / 5, rel=0.01)
+    assert result.update.tensors[A].numpy().std() == pytest.approx(math.sqrt(2) * 1.5 * 0.5 / 5, rel=0.01)
 
 
-def test_against_the_server_sampling_hides_nobody() -> None:
+def test_against_who_knows_who_was_drawn_sampling_hides_nobody() -> None:
     """Its epsilon is that of the exact formula, of the rounds that a client is in; and larger than the others'."""
     made = mechanism(config(DISTRIBUTED, rounds=20))
-    epsilon = made.spent_against_server(9)
+    epsilon = made.spent_against_parties(9)
     sigma, delta = 1.5 / 3, made.delta  # nine rounds of one client are one with a third of the noise
     exact = stats.norm.cdf(0.5 / sigma - epsilon * sigma) - math.exp(epsilon) * stats.norm.cdf(
         -0.5 / sigma - epsilon * sigma
@@ -196,7 +199,7 @@ def test_against_the_server_sampling_hides_nobody() -> None:
     assert exact == pytest.approx(delta, rel=0.01)
     assert epsilon > made.spent(9)
     statement = made.statement("", 9)
-    assert f"against it epsilon is {epsilon:.3g}, of 9 rounds of one client" in statement["trust"]
+    assert f"against them epsilon is {epsilon:.3g}, of 9 rounds of one client" in statement["trust"]
     assert statement["epsilon"] == mechanism(config({**DISTRIBUTED, "mechanism": "central"}, rounds=20)).spent(20)
 
 
@@ -205,9 +208,8 @@ def test_discrete_noise_costs_what_continuous_noise_costs() -> None:
     from dp_accounting.pld import privacy_loss_distribution as pld
 
     sigma, steps = 1.5, 10  # of the clip norm, in steps of the grid
-    options = {"value_discretization_interval": 1e-4}
-    discrete = pld.from_discrete_gaussian_mechanism(sigma * steps, sensitivity=steps, **options)
-    continuous = pld.from_gaussian_mechanism(sigma, **options)
+    discrete = pld.from_discrete_gaussian_mechanism(sigma * steps, sensitivity=steps)
+    continuous = pld.from_gaussian_mechanism(sigma)
     for delta in (1e-2, 1e-4):
         assert discrete.get_epsilon_for_delta(delta) == pytest.approx(continuous.get_epsilon_for_delta(delta), rel=0.02)
 

@@ -60,7 +60,7 @@ class CanaryAudit:
     exposure: Mapping[int, float]
     """Of the final model: mean bits by the number of copies"""
     update_exposure: Mapping[int, float] | None
-    """Of the last update; None: with central noise nobody but the trusted server has it"""
+    """Of the last update; None: nobody has it, or with central noise the trusted server alone"""
     coin_auc: float
     """Of the final model: how well single canaries that were there are told from those that were not"""
     update_coin_auc: float | None
@@ -113,7 +113,7 @@ def _ask(
     base, tuned = _losses(model, [None, adapter], planted.coins)
     lowered = {"model": calibrated(base - tuned, base, lengths)}
     update_exposure = None
-    if config.privacy is None or config.privacy.mechanism != "central":
+    if config.secure_sums is None and (config.privacy is None or config.privacy.at_clients):
         stages = [stage for pair in sent[TOSSED] for stage in pair]
         losses = _losses(model, stages, planted.coins).reshape(-1, 2, NUM_COINS)
         steps = [calibrated(before - after, before, lengths) for before, after in losses]
@@ -140,10 +140,7 @@ def row_epsilon(config: RunConfig, rounds: int, sizes: Sequence[int]) -> float |
     """Return the largest epsilon that the accountant has for a row of clients of these sizes, at `DELTA`."""
     config = config.model_copy(update={"rounds": rounds})
     own = [privacy for size in set(sizes) if (privacy := OwnPrivacy.of(config, size)) is not None]
-    spent = [
-        replace(each, delta=DELTA).spent(each.num_tunings) for each in own if each.mechanism in {"dp-sgd", "local"}
-    ]
-    return max(spent, default=None)
+    return max((replace(each, delta=DELTA).spent(each.num_tunings) for each in own), default=None)
 
 
 def _plant(subject: Subject) -> _Planted:

@@ -19,6 +19,7 @@ The bound that assumes no shape of the noise (`fedit.audit.bounds`) is given bes
 
 from __future__ import annotations
 
+import itertools
 import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass
@@ -32,6 +33,7 @@ from torch import Tensor
 from fedit.accounting import spent_epsilon
 from fedit.audit.bounds import empirical_epsilon, share_interval
 from fedit.config import RunConfig
+from fedit.config.privacy import threshold_of
 from fedit.engines.client_store import ClientStore
 from fedit.engines.simulation import Simulation
 from fedit.interfaces import Adapter, ClientUpdate, derive_rng, derive_seed
@@ -39,6 +41,7 @@ from fedit.model import StackedModel
 from fedit.own_privacy import OwnPrivacy
 from fedit.privacy import Draws, Mechanism, Noise
 from fedit.private_stack import PrivateStack, RowPrivacy
+from fedit.secure.encoding import Encoding, PartySum
 
 NUM_CANARIES = 1024
 """In each of `NUM_RUNS` runs of `NUM_ROUNDS` rounds, one after the other"""
@@ -52,6 +55,8 @@ CONFIDENCE = 0.999
 DELTA = 1e-6
 """Of the bound that assumes no shape: so small that it counts for little in spite of the many canaries"""
 CLIENT = "canaries"
+NUM_PARTIES = 10
+"""That begin a round of noise in shares; as many of them vanish as may"""
 
 Release = Callable[[np.ndarray, int], np.ndarray]
 """What a mechanism makes of the updates [canaries, d], in clip norms, of a round: their noisy sum [d], in clip norms.
@@ -102,6 +107,8 @@ def audit_mechanism(config: RunConfig, sizes: Mapping[str, int]) -> MechanismAud
     """Attack the noise of a run whose clients have so many rows; None: it adds none."""
     seed = derive_seed(config.seed, "audit", "noise")  # what the adversary does not know; the run's seed it does
     if (mechanism := Mechanism.of(config, len(sizes))) is not None:
+        if mechanism.is_distributed:
+            return attack(shares_release(config, mechanism, Draws(seed)), central_promise(mechanism), config.seed)
         secret = lambda index: derive_rng(seed, index).standard_normal
         public = lambda index: derive_rng(config.seed, "privacy", index).standard_normal
         return attack(central_release(mechanism, secret), central_promise(mechanism), config.seed, public)
@@ -120,7 +127,7 @@ def central_promise(mechanism: Mechanism) -> Promise:
     ratio = mechanism.noise_multiplier / mechanism.update_noise  # the rest hides how many were clipped
     rounds, delta = mechanism.num_affordable, mechanism.delta
     spent = lambda noise: spent_epsilon(noise * ratio, mechanism.share, rounds, delta)
-    return Promise("central", mechanism.update_noise, mechanism.spent(rounds), spent)
+    return Promise(mechanism.config.mechanism, mechanism.update_noise, mechanism.spent(rounds), spent)
 
 
 def own_promise(own: OwnPrivacy) -> Promise:
@@ -214,6 +221,28 @@ def central_release(mechanism: Mechanism, noise: Callable[[int], Noise]) -> Rele
         )
         mean, _ = mechanism.mean(adapter, adapter.tensors, sent, clip_norm, noise(round_index))
         return mean.update.tensors[CLIENT].double().numpy() * mechanism.expected_size / clip_norm
+
+    return release
+
+
+def shares_release(config: RunConfig, mechanism: Mechanism, draws: Draws) -> Release:
+    """Return the sum of parties that clip and add shares of the noise, of as few as are enough for one."""
+    settings = config.secure_sums
+    assert settings is not None
+    fewest = threshold_of(settings.threshold, NUM_PARTIES)
+
+    def release(updates: np.ndarray, round_index: int) -> np.ndarray:
+        encoding = Encoding.of(config, len(updates), mechanism.noise_multiplier)
+        scaled = torch.from_numpy(updates * encoding.clip_norm).float()
+        sums = np.zeros(updates.shape[1], "<u4")
+        for party in range(fewest):
+            total = PartySum(encoding, {CLIENT: scaled[0].shape})
+            for index in range(party, len(scaled), fewest):
+                total.add(ClientUpdate(str(index), Adapter({CLIENT: scaled[index]}, 1, 1.0), 1, 1, 0.0, 1))
+            numbers = itertools.count()
+            total.add_noise(fewest, lambda size, p=party, n=numbers: draws.uniform(size, round_index, p, next(n)))
+            sums += total.numbers
+        return sums.view("<i4") * (encoding.step / encoding.clip_norm)
 
     return release
 

@@ -22,6 +22,7 @@ from fedit.interfaces import (
     ConfigError,
     DataError,
     EncodedExample,
+    Engine,
     derive_rng,
 )
 from fedit.model import StackedModel
@@ -168,8 +169,12 @@ def trained(
     """
     noise = lambda round_index: derive_rng(config.seed, "privacy", round_index).standard_normal
     with simulation(config, model, clients) as engine:
-        recorded = _Recorder(engine, {} if sent is None else sent)
-        return train(config, recorded, ServerState(0, initial), lambda state, record: None, noise).adapter
+        shown: Engine = _Recorder(engine, {} if sent is None else sent)
+        if config.secure_sums is not None:
+            from fedit.engines.secure import SecureAggregation, SimulatedParties
+
+            shown = SecureAggregation(config, SimulatedParties(config, shown))
+        return train(config, shown, ServerState(0, initial), lambda state, record: None, noise).adapter
 
 
 @dataclass(frozen=True, eq=False)

@@ -9,7 +9,7 @@ are; what is looked at is the noisy sum, of which the global adapter is made.
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import numpy as np
 import torch
@@ -112,15 +112,17 @@ def _look(
 
     everybody = [row for _, rows in sent for row in rows]
     mechanism = Mechanism.of(setting.config, len(subject.data.clients))
-    if mechanism is not None:
+    if mechanism is not None:  # noise in shares adds up to the server's
+        mechanism = replace(mechanism, config=mechanism.config.model_copy(update={"mechanism": "central"}))
         shapes = {name: torch.zeros_like(tensor) for name, tensor in sent[0][0].update.tensors.items()}
         noise = derive_rng(config.seed, "audit", "sum").standard_normal
         mean, _ = mechanism.mean(adapter, shapes, (each for each, _ in sent), mechanism.config.clip_norm, noise)
         found = recover(embeddings.views(mean.update.tensors, adapter), everybody, public, rng)
         yield audit("the noisy sum", len(sent), [found])
         return
-    each = [recover(embeddings.views(update.update.tensors, adapter), rows, public, rng) for update, rows in sent]
-    yield audit("one update", 1, each)
+    if setting.config.secure_sums is None:
+        each = [recover(embeddings.views(update.update.tensors, adapter), rows, public, rng) for update, rows in sent]
+        yield audit("one update", 1, each)
     found = recover(embeddings.views(_sum([update for update, _ in sent]), adapter), everybody, public, rng)
     yield audit("the sum", len(sent), [found])
 

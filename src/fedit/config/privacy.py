@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import importlib.util
+import math
 from typing import TYPE_CHECKING, Literal, Self
 
 from pydantic import Field, model_validator
@@ -119,10 +120,15 @@ class PrivacyConfig(Table):
         }
 
 
+def threshold_of(share: float, num_parties: int) -> int:
+    """Return how many of so many parties suffice: more than the `share` of them."""
+    return min(num_parties, math.floor(share * num_parties) + 1)
+
+
 class SecureAggregationConfig(Table):
     """The server sees the sum of a cohort's updates and none of them, by pairwise masks (Bonawitz et al. 2017).
 
-    Updates are clipped, which also bounds what a malicious client can do; the range of the integers follows from that.
+    Clients clip their updates, which also bounds what poisoned rows do; the range of the integers follows from that.
     """
 
     clip_norm: float | None = Field(default=None, gt=0)
@@ -135,6 +141,12 @@ class SecureAggregationConfig(Table):
     max_weight: int | None = Field(default=None, ge=1)
     """The largest weight of a client, in rows or tokens as [aggregation] weighting says: who has more counts as this.
     To be given unless weights are uniform."""
+
+    @property
+    def most_noise(self) -> float:
+        """Variance of the noise that a sum has where nobody drops out, at most, in parts of what is promised."""
+        counts = range(self.min_parties, self.min_parties + 1000)
+        return max(count / max(1, threshold_of(self.threshold, count) - 1) for count in counts)
 
     def clip_norm_of(self, run: RunConfig) -> float:
         """Return the bound on updates."""

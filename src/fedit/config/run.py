@@ -176,7 +176,11 @@ class RunConfig(Table):
         """Return the configuration as `parse_config` reads it."""
         return self.model_dump(mode="json")
 
-    def digest(self) -> str:
-        """Return a short name of the configuration: another one has another, whatever keys fedit gains."""
+    def fingerprint(self) -> str:
+        """Return a hash of the configuration: another one has another, whatever keys fedit gains."""
         changed = self.model_dump(mode="json", exclude_defaults=True)
-        return hashlib.sha256(json.dumps(changed, sort_keys=True).encode()).hexdigest()[:16]
+        return hashlib.sha256(json.dumps(changed, sort_keys=True).encode()).hexdigest()
+
+    def digest(self) -> str:
+        """Return a short name of the configuration, the beginning of its fingerprint."""
+        return self.fingerprint()[:16]

@@ -65,6 +65,10 @@ def join_run(
     secure, policy = described.secure_sums, folder.config.policy
     if secure is None and policy.sums_only:
         raise RefusalError("it takes part only where the server sees sums alone. Use [secure_aggregation]")
+    if secure is not None and secure.threshold < policy.threshold:
+        raise RefusalError(
+            f"[secure_aggregation] threshold = {secure.threshold:.3g} is too low, it wants {policy.threshold:.3g}"
+        )
     if described.attack is not None:
         raise RefusalError("[attack] is for simulations: clients of a real federation act for themselves")
     config = folder.localise(described)
@@ -99,7 +103,7 @@ def join_run(
         test=data.test,
         engine=engine,
         store=store,
-        party=None if secure is None else _party(folder, secure, described.digest()),
+        party=None if secure is None else _party(folder, secure, described.fingerprint()),
         initial=started.initial,
         answer=answer,
         cleaning=data.summary["cleaning"],

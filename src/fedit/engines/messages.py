@@ -89,10 +89,13 @@ def digests(tensors: Mapping[str, Tensor]) -> dict[str, str]:
     return {name: hashlib.sha256(_bytes(tensor)).hexdigest()[:16] for name, tensor in tensors.items()}
 
 
-def digest(adapter: Adapter) -> str:
+def fingerprint(adapter: Adapter) -> str:
     """Return a hash of all of an adapter."""
-    hashes = digests({**adapter.tensors, **side_tensors(adapter.side)})
-    return hashlib.sha256(json.dumps([hashes, adapter.rank, adapter.lora_alpha], sort_keys=True).encode()).hexdigest()
+    digest = hashlib.sha256(json.dumps([adapter.rank, adapter.lora_alpha]).encode())
+    for name, tensor in sorted({**adapter.tensors, **side_tensors(adapter.side)}.items()):
+        digest.update(json.dumps([name, list(tensor.shape)]).encode())
+        digest.update(_bytes(tensor))
+    return digest.hexdigest()
 
 
 # ------------------------------------------------------------------------------------------------------ to the site

@@ -8,6 +8,7 @@ if it is asked twice:
     train     tune these clients -> what is finished by now
     get       a piece of an update that was too long for the answer
     evaluate  the loss of an adapter on the site's held-out rows
+    secure    an exchange of secure aggregation (`fedit.secure`), where the server is to see sums alone
 
 So any process on the way may be killed, and the call is made again.
 """
@@ -117,23 +118,24 @@ class Remote:
             by_site[self._site_of[task.client]].append(task)
         return by_site
 
-    def exchange(self, requests: Mapping[str, Header]) -> Mapping[str, Header]:
-        """Return the sites' answers to an exchange of secure aggregation; who cannot be reached within `absent_s`, or
-        does not go on, is left out.
+    def exchange(self, requests: Mapping[str, Header]) -> Mapping[str, Header | ClientFailure]:
+        """Return the sites' answers to an exchange of secure aggregation, or why one cannot be reached within
+        `absent_s`, or does not go on.
         """
         deadline = time.monotonic() + self._config.engine.absent_s
-        answers: dict[str, Header] = {}
+        answers: dict[str, Header | ClientFailure] = {}
 
         def ask(site: RemoteSite) -> None:
             try:
                 answers[site.name] = site.exchange(requests[site.name], deadline)
             except SiteError as error:
-                log.warning("site %s is lost to this round: %s", site.name, error)
-            except Exception:  # whatever it sends
-                log.exception("site %s is lost to this round", site.name)
+                answers[site.name] = ClientFailure(site.name, str(error))
+            except Exception as error:  # whatever it sends
+                log.exception("site %s", site.name)
+                answers[site.name] = ClientFailure(site.name, f"its answer cannot be used ({type(error).__name__})")
 
         _in_threads(ask, [self._sites[name] for name in requests])
-        return {name: answers[name] for name in requests if name in answers}
+        return {name: answers[name] for name in requests}
 
     def run_masked(
         self, tasks: Sequence[ClientTask], requests: Mapping[str, Header]

@@ -122,6 +122,8 @@ class RemoteSite:
         Raises:
             SiteError: it does not go on, cannot be reached, or was not there in time.
         """
+        if words["exchange"] == "keys":  # a round begins
+            self._num_restarts = 0
         return self._ask({"do": "secure", "words": words}, b"", deadline)[0]["words"]
 
     def begin(

@@ -8,9 +8,9 @@ import tomllib
 from collections.abc import Iterator, Sequence
 from datetime import UTC, datetime
 from pathlib import Path
-from typing import Annotated, Any, Literal
+from typing import Annotated, Any, Literal, Self
 
-from pydantic import Field, ValidationError
+from pydantic import Field, ValidationError, model_validator
 
 from fedit.config import DataConfig, EngineConfig, RunConfig
 from fedit.config.explaining import explain
@@ -35,6 +35,8 @@ class SitePolicy(Table):
     """Take part in runs alone whose server sees no more than sums of sites ([secure_aggregation])"""
     min_parties: int = Field(default=3, ge=2)
     """Sites that such a sum is of at least; a run can ask for more, not for fewer"""
+    threshold: float = Field(default=2 / 3, ge=0.5, lt=1)
+    """The share of the sites that suffices for such a sum; a run can ask for a larger one, not for a smaller one"""
     max_message_mb: float = Field(default=4096.0, gt=0)
     """The longest message that is taken from the server, in 10^6 bytes"""
 
@@ -60,8 +62,18 @@ class SiteConfig(Table):
     memory_gb: float | None = Field(default=None, gt=0)
     peers: dict[str, Annotated[str, Field(pattern="^[0-9a-f]{64}$")]] = Field(default_factory=dict)
     """The identities of the other sites (`fedit site identity`), by name: secure aggregation is done with these alone.
-    Without them each site's first identity is remembered, and no other taken for it."""
+    Without them each site's first identity is remembered, and no other taken for it; then a server that lies can make
+    sites up."""
     policy: SitePolicy = SitePolicy()
+
+    @model_validator(mode="after")
+    def _knows_its_peers(self) -> Self:
+        if self.policy.sums_only and not self.peers:
+            raise ValueError(
+                "[policy] sums_only needs [peers], or the server could make up the sites that a sum is of: put the "
+                "other sites' identities there (fedit site identity)"
+            )
+        return self
 
 
 class SiteFolder:

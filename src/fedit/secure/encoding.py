@@ -4,17 +4,20 @@ With C the clip norm, W the largest weight, K the clients of the round and D the
 
     q = round( min(1, C / ||x||) x * min(w, W) / (W D) ),      D = 2 R / 2^32
 
-so that whatever K clients send, no number of their sum leaves [-R, R], and it is decoded without loss. R is K C, and 20
-times the noise. What rounding loses is D / 2 for each client and number at most, that is 2.3e-10 K C without noise.
-With noise it is towards zero, so that ||q|| D <= C.
+so that whatever K clients send that clip, no number of their sum leaves [-R, R), and it is decoded without loss. R is
+(K + 1) C, and 20 times the noise. What rounding loses is D / 2 for each client and number at most, that is 2.3e-10 K C
+without noise. With noise it is towards zero, so that ||q|| D <= C.
 
-Noise (*distributed* differential privacy): each of the parties adds discrete Gaussian noise of variance (z C)^2 / t on
-the grid, t of them being enough for a sum. Such sums are discrete Gaussian again but for exp(-pi^2 s^2), s being the
-shares' deviation in steps (2102.06387, theorem 1), and so have variance (z C)^2 at least, whoever drops out.
+Noise (*distributed* differential privacy): each party adds discrete Gaussian noise of variance (z C)^2 / (t - 1) on the
+grid, t of them being enough for a sum. Such sums are discrete Gaussian again but for exp(-pi^2 s^2), s being the
+deviation of a share in steps (2102.06387, theorem 1), and so have variance (z C)^2 at least, whoever drops out, also
+for a party that takes its own share off.
 """
 
 from __future__ import annotations
 
+import hashlib
+import json
 import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
@@ -63,7 +66,7 @@ class Encoding:
         secure = run.secure_sums
         assert secure is not None
         bound = secure.clip_norm_of(run)
-        largest = bound * (num_clients + 20 * noise)
+        largest = bound * (num_clients + 1 + 20 * noise)
         weighting = getattr(run.aggregation, "weighting", "uniform")
         max_weight = 1 if weighting == "uniform" else secure.max_weight or 1
         return cls(bound, max_weight, 2 * largest / 2**32, weighting, noise, run.privacy is not None)
@@ -79,8 +82,8 @@ class Encoding:
         Raises:
             ConfigError: it is coarser than a party agrees to.
         """
-        deviation = self.noise * self.clip_norm / self.step / math.sqrt(threshold)
-        if 0 < deviation < FINEST:
+        deviation = self.noise * self.clip_norm / self.step / math.sqrt(max(1, threshold - 1))
+        if self.noise and not deviation >= FINEST:
             raise ConfigError(
                 f"secure aggregation: the grid is too coarse, a share of the noise is {deviation:.0f} steps wide: "
                 f"expected {FINEST:.0f} or more. Sample fewer clients in a round."
@@ -132,6 +135,11 @@ class PartySum:
         if result.epsilon is not None:
             self.epsilon = max(result.epsilon, self.epsilon or 0.0)
 
+    def add_nothing(self, client: str) -> None:
+        """Let a client that failed take part with an update of zero: with noise, that it failed is nobody's to know."""
+        self.counts[:2] += np.array([1, self.encoding.max_weight], "<u8")
+        self.clients.append(client)
+
     def add_noise(self, threshold: int, uniform: Uniform) -> None:
         """Add the party's share of the noise."""
         deviation = self.encoding.noise_deviation(threshold)
@@ -157,6 +165,13 @@ class MaskedSum:
     """Of these tokens, nats. A simulation shows all three; a real party tells none of them."""
 
 
+def task_of(run: str, round_index: int, clients: int, registered: int, adapter: str) -> str:
+    """Return the name of what parties are asked: of a run and an adapter, by their fingerprints, of so many clients in
+    the round and in the run.
+    """
+    return hashlib.sha256(json.dumps([run, round_index, clients, registered, adapter]).encode()).hexdigest()
+
+
 def decode(
     encoding: Encoding, clients: Sequence[str], counts: np.ndarray, numbers: np.ndarray, shared: Adapter
 ) -> ClientUpdate:
@@ -166,7 +181,8 @@ def decode(
         RoundError: the counts are no sum of what these clients can have sent.
     """
     told = dict(zip(COUNTS, counts.tolist(), strict=True))
-    if told["clients"] != len(clients) or not 0 <= told["weight"] <= len(clients) * encoding.max_weight:
+    most = len(clients) * encoding.max_weight
+    if told["clients"] != len(clients) or not (most if encoding.max_weight == 1 else 0) <= told["weight"] <= most:
         raise RoundError(
             f"a secure sum of {len(clients)} clients has counts of {told['clients']} clients and a weight of "
             f"{told['weight']}: a party sent nonsense."

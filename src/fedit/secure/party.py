@@ -1,14 +1,13 @@
 """A party's side of the protocol: what it answers to each exchange, and what it refuses.
 
 It trusts no server. It takes part with parties whose identities it knows, tells one share of each other party and never
-two, and unmasks nothing that a majority of the parties has not signed.
+two, and unmasks nothing that fewer than the threshold of the parties have signed.
 """
 
 from __future__ import annotations
 
 import hashlib
 import json
-import math
 import os
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
@@ -18,6 +17,7 @@ from cryptography.exceptions import InvalidSignature, InvalidTag
 from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PrivateKey, Ed25519PublicKey
 from cryptography.hazmat.primitives.asymmetric.x25519 import X25519PrivateKey
 
+from fedit.config.privacy import threshold_of
 from fedit.errors import FeditError
 from fedit.secure import shamir
 from fedit.secure.encoding import PartySum, Uniform
@@ -31,29 +31,38 @@ class MistrustError(FeditError):
     """A party does not go on with a round. The message may be told to the server."""
 
 
-def threshold_of(share: float, num_parties: int) -> int:
-    """Return how many of so many parties suffice: more than the `share` of them."""
-    return min(num_parties, math.floor(share * num_parties) + 1)
-
-
 def signed_keys(run: str, session: str, party: str, keys: Words) -> bytes:
     """Return what a party signs of its keys: with the run's description, which has to be the same for all."""
     return context("keys", run, session, party, keys["cipher"], keys["mask"], keys["seed"])
 
 
 def signed_survivors(session: str, keys: Mapping[str, Words], task: str, survivors: Sequence[str]) -> bytes:
-    """Return what a party signs of those who have sent masked sums: all keys and what it was asked to tune, too.
-
-    All have to have seen the same: who sends the others a model that learns nothing finds one update in the sum
-    (2111.07380).
-    """
+    """Return what a party signs of those who have sent masked sums, by which all have seen the same keys and task."""
     seen = hashlib.sha256(json.dumps(keys, sort_keys=True).encode()).hexdigest()
     return context("survivors", session, seen, task, *survivors)
 
 
-def mask_key(own: X25519PrivateKey, other: bytes, session: str, parties: Sequence[str]) -> bytes:
-    """Return the key of the mask that two parties have in common."""
-    return agree(own, other, context("mask", session, *sorted(parties)))
+def has_signed_keys(run: str, session: str, party: str, keys: Words) -> bool:
+    """Tell whether keys are signed by the identity that they name."""
+    return has_signed(keys["identity"], keys["signature"], signed_keys(run, session, party, keys))
+
+
+def has_signed(identity: str, signature: str, statement: bytes) -> bool:
+    """Tell whether a signature is that of an identity under a statement; both in hexadecimal."""
+    try:
+        Ed25519PublicKey.from_public_bytes(bytes.fromhex(identity)).verify(bytes.fromhex(signature), statement)
+    except (InvalidSignature, ValueError):
+        return False
+    return True
+
+
+def mask_key(own: X25519PrivateKey, other: bytes, session: str, task: str, parties: Sequence[str]) -> bytes:
+    """Return the key of the mask that two parties have in common, if they were asked the same.
+
+    Otherwise their masks do not cancel: who sends the others a model that learns nothing, or a coarser grid, would find
+    one party's update in the sum (2111.07380).
+    """
+    return agree(own, other, context("mask", session, task, *sorted(parties)))
 
 
 def seed_key(seed: bytes, session: str, party: str) -> bytes:
@@ -99,7 +108,7 @@ class Party:
         `knows` tells whether a public identity, hexadecimal, is that of the party of a name.
         """
         self.name = name
-        self._run = run
+        self.run = run
         self._identity = identity
         self._knows = knows
         self._share = share
@@ -143,14 +152,14 @@ class Party:
         for other in session.held.keys() - {self.name}:
             theirs = bytes.fromhex(session.keys[other]["mask"])
             (plus if self.name < other else minus).append(
-                mask_key(session.mask, theirs, session.name, (self.name, other))
+                mask_key(session.mask, theirs, session.name, task, (self.name, other))
             )
         add_masks((total.counts, total.numbers), plus, minus)
         return b"".join([total.counts.tobytes(), total.numbers.tobytes()])
 
     def _of(self, request: Words) -> _Session:
         if self._session is None or self._session.name != request["session"]:
-            raise MistrustError(f"{self.name} has no keys of this round: it was started again meanwhile")
+            raise MistrustError(f"{self.name} has no keys of this round: it was started again, or is in another")
         return self._session
 
     def _announce(self, name: str) -> Words:
@@ -162,7 +171,7 @@ class Party:
                 "seed": context("commitment", session.seed.hex()).hex(),
                 "identity": self._identity.public_key().public_bytes_raw().hex(),
             }
-            signature = self._identity.sign(signed_keys(self._run, name, self.name, keys))
+            signature = self._identity.sign(signed_keys(self.run, name, self.name, keys))
             session.announced = {**keys, "signature": signature.hex()}
             self._session = session
         return self._session.announced
@@ -200,15 +209,11 @@ class Party:
         if len({theirs[kind] for theirs in keys.values() for kind in ("cipher", "mask")}) < 2 * len(keys):
             raise MistrustError("two parties have the same key")
         for party, theirs in keys.items():
-            identity = str(theirs["identity"])
-            if party != self.name and not self._knows(party, identity):
-                raise MistrustError(f"{self.name} does not know {party} by the identity {identity}")
-            try:
-                Ed25519PublicKey.from_public_bytes(bytes.fromhex(identity)).verify(
-                    bytes.fromhex(theirs["signature"]), signed_keys(self._run, session.name, party, theirs)
-                )
-            except InvalidSignature as error:
-                raise MistrustError(f"the keys of {party} are not signed by it for this run") from error
+            if not has_signed_keys(self.run, session.name, party, theirs):
+                raise MistrustError(f"the keys of {party} are not signed by it for this run")
+        for party, theirs in keys.items():  # who is known is remembered, so that all else has to hold
+            if party != self.name and not self._knows(party, theirs["identity"]):
+                raise MistrustError(f"{self.name} does not know {party} by the identity {theirs['identity']}")
 
     def _cipher_key(self, session: _Session, theirs: Words, party: str) -> bytes:
         return agree(
@@ -235,6 +240,7 @@ class Party:
 
     def _confirm(self, session: _Session, request: Words) -> Words:
         survivors = sorted(map(str, request["survivors"]))
+        # Of whom it holds no share it has no mask either: without this, parties could be shown different sharers.
         if session.task is None or self.name not in survivors or not session.held.keys() >= set(survivors):
             raise MistrustError(f"{self.name} and others were not asked for masked sums as is said")
         if len(set(survivors)) < max(session.threshold, self._min_parties):
@@ -254,12 +260,8 @@ class Party:
         if len(signatures) < session.threshold or not signatures.keys() <= set(survivors):
             raise MistrustError(f"{len(signatures)} parties confirm the sum, {session.threshold} are needed")
         for party, signature in signatures.items():
-            try:
-                Ed25519PublicKey.from_public_bytes(bytes.fromhex(session.keys[party]["identity"])).verify(
-                    bytes.fromhex(signature), statement
-                )
-            except InvalidSignature as error:
-                raise MistrustError(f"{party} has confirmed another sum, or was asked for something else") from error
+            if not has_signed(session.keys[party]["identity"], signature, statement):
+                raise MistrustError(f"{party} has confirmed another sum, or was asked for something else")
         return {
             "seeds": {party: session.held[party][0].hex() for party in survivors},
             "privates": {party: held[1].hex() for party, held in session.held.items() if party not in survivors},
