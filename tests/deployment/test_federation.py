@@ -17,6 +17,7 @@ from federations import SITES, Deployment, fedit, free_port, load, simulate, wri
 
 from fedit.accounting import spent_epsilon
 from fedit.checkpoints import load_state
+from fedit.engines.site_folder import SiteFolder
 from fedit.report import RunFolder
 
 
@@ -88,8 +89,14 @@ def test_whatever_is_killed_the_run_ends_with_the_same_bits(made: tuple[Deployme
 def test_an_interrupted_run_finishes_its_round_and_goes_on(made: tuple[Deployment, Path], tmp_path: Path) -> None:
     deployment, recipe = made
     out = tmp_path / "run"
+    site = SiteFolder.read(deployment.site("a"))
+    before = len([*site.logged()])
     run = start_run(deployment, recipe, out, *LONG, "rounds=3")
     wait_for_round(out, 1)
+    end = time.monotonic() + 60
+    while not any(line["event"] == "asked to train" and line["round"] == 1 for line in [*site.logged()][before:]):
+        assert time.monotonic() < end, "the second round did not begin"
+        time.sleep(0.1)
     run.send_signal(signal.SIGINT)
     assert run.wait(60) == 130
     assert f"--resume {out}" in out.with_suffix(".err").read_text()
