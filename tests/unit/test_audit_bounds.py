@@ -97,7 +97,7 @@ def test_hits_at_a_share_of_false_alarms() -> None:
 
 
 def test_the_interval_of_the_members_found_knows_that_the_threshold_is_estimated() -> None:
-    """At 1% of 200 others the threshold is the third largest of them: Clopper and Pearson's interval takes it as known."""
+    """Of 200 others it is the third largest: Clopper and Pearson's interval takes it as known."""
     rng = np.random.default_rng(0)
     members, others = rng.normal(1, 1, 200), rng.normal(0, 1, 200)
     share = lambda found, false: hits_at(found, false) / len(found)

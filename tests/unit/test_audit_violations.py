@@ -3,9 +3,13 @@
 from __future__ import annotations
 
 import dataclasses
+from types import SimpleNamespace
+from typing import Any, cast
 
+import numpy as np
 import pytest
 
+from fedit.audit import canaries
 from fedit.audit.bounds import EmpiricalEpsilon
 from fedit.audit.canaries import CanaryAudit, row_epsilon
 from fedit.audit.folder import undrawn, violations
@@ -13,7 +17,8 @@ from fedit.audit.mechanism import MechanismAudit
 from fedit.audit.membership import Membership
 from fedit.audit.subject import Setting, _with_names, noted, settings, with_privacy
 from fedit.config import load_config
-from fedit.interfaces import RoundError
+from fedit.data import EncodingReport
+from fedit.interfaces import DataError, EncodedExample, Example, RoundError, Turn
 
 FINE = MechanismAudit("central", 0.8, 0.9, 8.0, 7.0, 2.0, 7.8)
 LABELS = {"dp-sgd": "rows, epsilon 2.5"}
@@ -104,3 +109,22 @@ def test_malicious_clients_stay_the_same_whoever_joins() -> None:
     ):
         assert named.attack is not None
         assert named.attack.malicious([*clients, "canaries"], run.seed) == expected
+
+
+def test_canaries_of_texts_without_spaces_have_short_words_and_of_no_words_are_refused() -> None:
+    rows = [make_row("一" * 40 + " so", "是")]
+    assert canaries._words(rows) == ["一" * 12, "so", "是"]
+    with pytest.raises(DataError, match="these have none"):
+        canaries._words([make_row("?", "!")])
+
+
+def make_row(asked: str, said: str) -> EncodedExample:
+    return EncodedExample(np.arange(2, dtype=np.int32), np.array([False, True]), Example((Turn(asked, said),)))
+
+
+def test_a_canary_that_does_not_encode_is_told(monkeypatch: pytest.MonkeyPatch) -> None:
+    report = EncodingReport(1, 1, 1, 0, 1, 0, 0, ())
+    monkeypatch.setattr(canaries, "encode_all", lambda *_: ([make_row("a", "b")], report))
+    subject = cast(Any, SimpleNamespace(config=HERE.config, model=SimpleNamespace(tokenizer=None)))
+    with pytest.raises(DataError, match="of 2 canaries, random words of held-out rows, 1 are too long"):
+        canaries._encoded(subject, [Example(()), Example(())])
