@@ -12,6 +12,8 @@ from fedit.config import load_plugins, parse_config
 from fedit.console import AsJson, console, described_run, print_json, quiet, say
 
 audit_app = App(name="audit")
+BROKEN = 3
+"""Exit status of a broken promise: an error's is 1."""
 
 
 @audit_app.default
@@ -24,7 +26,7 @@ def audit(
 ) -> None:
     """Attack a finished run: what do its updates, their sum and its final model tell, with and without noise?
 
-    FOLDER is what `fedit run` wrote. The exit status is 1 where more leaks than the accountant allows.
+    FOLDER is what `fedit run` wrote. The exit status is 3 where more leaks than the accountant allows.
     """
     described = described_run(folder)
     load_plugins([Path(file) for file in described.get("plugin_files", [])])
@@ -43,4 +45,4 @@ def audit(
     if as_json:
         print_json(found)
     if found["violations"]:
-        sys.exit(1)
+        sys.exit(BROKEN)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import json
 from pathlib import Path
 
@@ -9,11 +10,12 @@ import numpy as np
 import pytest
 
 from fedit import privacy
-from fedit.audit import canaries, mechanism, membership
+from fedit.audit import canaries, folder, mechanism, membership
 from fedit.audit.canaries import audit_canaries
-from fedit.audit.membership import Rows
+from fedit.audit.folder import rows_of
 from fedit.audit.subject import Setting, Subject, with_privacy
 from fedit.config import load_config
+from fedit.interfaces import EngineError
 
 RUN = ("-o", "evaluation.baselines=false", "-o", "evaluation.max_new_tokens=0", "-o", "data.max_length=128")
 
@@ -45,7 +47,7 @@ def test_a_finished_run_is_audited_and_its_report_says_so(fedit, run: Path) -> N
     assert all(each["holds"] for each in found["mechanisms"])
     assert [each["setting"] for each in found["canaries"]] == list(found["labels"])
     assert {each["seen"] for each in found["updates"]} == {"one update", "the sum", "the noisy sum"}
-    step = [each["recovered"] for each in found["updates"] if each["setting"] == "none" and each["steps"] == 1]
+    step = [each["recovered"] for each in found["updates"] if each["setting"] == "none" and each["plain"]]
     assert step[-2]["recall"] > 2 * step[-2]["blind"]  # one client's
     assert found["membership"]["num_rows"] == 4
     page = (run / "report.html").read_text()
@@ -56,7 +58,7 @@ def test_a_finished_run_is_audited_and_its_report_says_so(fedit, run: Path) -> N
     assert json.loads(again.stdout) == found
 
 
-def test_a_run_that_breaks_its_promise_ends_with_status_1(fedit, recipe, tmp_path, monkeypatch) -> None:
+def test_a_run_that_breaks_its_promise_ends_with_status_3(fedit, recipe, tmp_path, monkeypatch) -> None:
     out = tmp_path / "run"
     more = ["privacy.noise_multiplier=1", "privacy.delta=0.01", "cohort.sampling=poisson", "cohort.fraction=0.9"]
     more += ["aggregation.name=fedit", "aggregation.weighting=uniform", "rounds=1"]
@@ -69,7 +71,7 @@ def test_a_run_that_breaks_its_promise_ends_with_status_1(fedit, recipe, tmp_pat
 
     monkeypatch.setattr(privacy.Mechanism, "mean", half)
     done = fedit("audit", out)
-    assert done.status == 1
+    assert done.status == 3
     assert "A promise is broken" in done.stderr
     assert "1 are promised" in done.stderr
     assert "a promise is broken" in (out / "report.html").read_text()
@@ -85,7 +87,64 @@ def test_rules_that_leave_no_model_for_all_are_audited_by_their_updates(fedit, r
     assert found["membership"] is None
     assert found["canaries"] == []
     assert found["updates"]
+    assert all(each["first_round"] for each in found["updates"])
     assert "no model for all" in found["refused"]["the final model"]
+    assert "factors of its own" in found["refused"]["tokens of the last round's updates"]
+    assert "A gets no gradient" in found["refused"]["this run, tokens of one step of the first round"]
+
+
+@pytest.mark.slow
+def test_malicious_clients_and_cohorts_that_draw_few(fedit, recipe, tmp_path) -> None:
+    """With canaries there are two clients more: the malicious ones stay, and who is not drawn is named."""
+    out = tmp_path / "run"
+    more = ["attack.name=sign-flip", "attack.clients=0.34", "cohort.size=2", "cohort.min_updates=2", "rounds=1"]
+    done = fedit("run", recipe, "--out", out, *RUN, *(part for each in more for part in ("-o", each)))
+    assert done.status == 0, done.stderr
+    done = fedit("audit", out, "--json")
+    assert done.status == 0, done.stderr
+    found = json.loads(done.stdout)
+    own = found["canaries"][0]
+    assert own["setting"] == "none"
+    assert sorted({each["setting"] for each in found["canaries"]}) == sorted(found["labels"])
+    absent = [kind for kind, times in own["took_part"].items() if not times]
+    assert absent  # one round draws two of five
+    for kind in absent:
+        assert "not drawn in any of 1 rounds" in found["refused"][f"this run, {kind} canaries"]
+    assert (own["exposure"] is None) == ("copied" in absent)
+    assert (own["coin_auc"] is None) == ("tossed" in absent)
+    page = (out / "report.html").read_text()
+    assert "Not audited: this run" in page
+
+
+def test_what_fails_leaves_the_rest(fedit, run: Path, monkeypatch) -> None:
+    """Canaries that are too long, a mechanism that cannot be attacked."""
+    monkeypatch.setattr(canaries, "NUM_WORDS", 300)
+
+    def fails(config, sizes):
+        if config.privacy is not None and config.privacy.mechanism == "central":
+            raise EngineError("cannot be attacked")
+
+    monkeypatch.setattr(folder, "audit_mechanism", fails)
+    done = fedit("audit", run, "--json")
+    assert done.status == 0, done.stderr
+    found = json.loads(done.stdout)
+    assert found["refused"]["central, epsilon 8, the mechanism"] == "cannot be attacked"
+    assert "longer than max_length" in found["refused"]["this run, canaries"]
+    assert found["canaries"] == []
+    assert found["updates"]
+    assert found["membership"]["num_rows"] == 4
+
+
+def test_amounts_along_random_directions_have_no_span(fedit, recipe, tmp_path) -> None:
+    out = tmp_path / "run"
+    options = ("-o", "aggregation.name=tinylora", "-o", "rounds=1")
+    done = fedit("run", recipe, "--out", out, *RUN, *options)
+    assert done.status == 0, done.stderr
+    done = fedit("audit", out, "--json", "--rounds", "1")
+    assert done.status == 0, done.stderr
+    found = json.loads(done.stdout)
+    assert found["updates"] == []
+    assert "shares no matrices" in found["refused"]["tokens of updates"]
 
 
 # ------------------------------------------------------------------------------------------------- what is refused
@@ -141,9 +200,11 @@ def test_canaries_are_memorised_without_noise_and_not_with_it(fedit, recipe, tmp
     hard = config.model_copy(update={"client": client})
     quiet = with_privacy(hard, {"mechanism": "local", "noise_multiplier": 50.0, "clip_norm": 0.5, "delta": 1e-5})
     monkeypatch.setattr(membership, "MOST_ROWS", 50)
-    rows = Rows(subject.model, subject.data.pooled, subject.data.test, 0)
+    rows = functools.cache(lambda clients: rows_of(subject, clients))
     plain, noisy = audit_canaries(subject, [Setting("none", "plain", hard), Setting("local", "noisy", quiet)], 2, rows)
     assert plain.highest == 5
+    assert plain.exposure is not None
+    assert noisy.exposure is not None
     assert plain.exposure[16] > 4
     assert plain.exposure[0] < 3
     assert noisy.exposure[0] < 3

@@ -11,7 +11,7 @@ from scipy import stats
 
 from fedit.audit.bounds import (
     auc,
-    auc_interval,
+    bootstrap_interval,
     empirical_epsilon,
     epsilon_lower_bound,
     hits_at,
@@ -86,7 +86,7 @@ def test_auc_counts_pairs() -> None:
     members, others = np.array([3.0, 1.0, 1.0]), np.array([0.0, 1.0])
     assert auc(members, others) == pytest.approx((2 + 1.5 + 1.5) / 6)
     rng = np.random.default_rng(0)
-    low, high = auc_interval(rng.normal(1, 1, 200), rng.normal(0, 1, 200), rng)
+    low, high = bootstrap_interval(auc, rng.normal(1, 1, 200), rng.normal(0, 1, 200), rng)
     assert low < stats.norm.cdf(1 / math.sqrt(2)) < high
     assert high - low < 0.12
 
@@ -94,3 +94,14 @@ def test_auc_counts_pairs() -> None:
 def test_hits_at_a_share_of_false_alarms() -> None:
     others = np.arange(200.0)
     assert hits_at(np.array([196.0, 197.0, 198.0, 500.0]), others, 0.01) == 2  # two others, of 198 and 199, are above
+
+
+def test_the_interval_of_the_members_found_knows_that_the_threshold_is_estimated() -> None:
+    """Of 200 others it is the third largest: Clopper and Pearson's interval takes it as known."""
+    rng = np.random.default_rng(0)
+    members, others = rng.normal(1, 1, 200), rng.normal(0, 1, 200)
+    share = lambda found, false: hits_at(found, false) / len(found)
+    low, high = bootstrap_interval(share, members, others, rng)
+    exact = share_interval(hits_at(members, others), 200)
+    assert low < share(members, others) < high
+    assert high - low > 1.5 * (exact[1] - exact[0])

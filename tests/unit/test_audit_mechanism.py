@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import itertools
 import math
 from collections.abc import Iterator, Sequence
 from typing import Any
@@ -20,14 +21,16 @@ from fedit.audit.mechanism import (
     audit_mechanism,
     central_promise,
     central_release,
+    parties_promise,
     rows_release,
     shares_release,
 )
 from fedit.audit.subject import Setting
+from fedit.cohort import most_rounds
 from fedit.config import RunConfig, load_config
 from fedit.interfaces import Adapter, ClientFailure, ClientTask, ClientUpdate, derive_rng, derive_seed
 from fedit.own_privacy import OwnPrivacy
-from fedit.privacy import Draws, Mechanism, system_noise
+from fedit.privacy import Draws, Mechanism, clip, system_noise
 from fedit.secure import encoding
 from fedit.secure.encoding import PartySum
 from fedit.server import ServerState, train
@@ -35,7 +38,7 @@ from fedit.server import ServerState, train
 SIZES = {str(index): 100 for index in range(100)}
 CENTRAL = ("cohort.sampling=poisson", "cohort.fraction=0.2", "privacy.noise_multiplier=0.8", "privacy.clip_norm=0.5")
 ROWS = ("privacy.mechanism=dp-sgd", "privacy.target_epsilon=8", "privacy.clip_norm=0.1")
-LOCAL = ("privacy.mechanism=local", "privacy.target_epsilon=8", "privacy.clip_norm=0.1", "privacy.delta=1e-5")
+LOCAL = ("privacy.mechanism=local", "privacy.noise_multiplier=2", "privacy.clip_norm=0.1", "privacy.delta=1e-5")
 SHARES = (*CENTRAL, "privacy.mechanism=distributed")
 KINDS = {"central": CENTRAL, "distributed": SHARES, "dp-sgd": ROWS, "local": LOCAL}
 
@@ -69,7 +72,7 @@ def test_what_holds_is_not_called_broken_and_nearly_found(kind: str, seed: int) 
     assert found is not None
     assert found.holds
     assert found.found_noise is not None
-    most = 1.6 if found.noise_multiplier < 1.5 else 5  # more noise would take more canaries, or rounds
+    most = 1.6 if found.noise_multiplier < 1.5 else 2  # more noise would take more canaries, or rounds
     assert found.noise_multiplier <= found.found_noise < most * found.noise_multiplier
     assert 0 < found.found_epsilon < found.epsilon
     assert 0 < found.one_run_epsilon < found.one_run_accountant
@@ -98,7 +101,7 @@ def test_missing_clipping_of_clients(monkeypatch: pytest.MonkeyPatch) -> None:
     found = audit_mechanism(config("central"), SIZES)
     assert found is not None
     assert not found.holds
-    (said,) = violations([(Setting("central", "this run", config("central")), found)], [])
+    (said,) = violations([(Setting("central", "this run", config("central")), found)], [], {})
     assert "0.8 are promised" in said
 
 
@@ -109,6 +112,35 @@ def test_missing_clipping_of_local_updates(monkeypatch: pytest.MonkeyPatch) -> N
     found = audit_mechanism(config("local"), SIZES)
     assert found is not None
     assert not found.holds
+
+
+def by_tensor(tensors: Any, bound: float) -> tuple[dict[str, torch.Tensor], float]:
+    return {name: clip({name: tensor}, bound)[0][name] for name, tensor in tensors.items()}, bound
+
+
+@pytest.mark.parametrize("kind", ["central", "distributed", "local"])
+def test_clipping_tensor_by_tensor(kind: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    from fedit.engines import simulation
+
+    for module in (privacy, encoding, simulation):
+        monkeypatch.setattr(module, "clip", by_tensor)
+    found = audit_mechanism(config(kind), SIZES)
+    assert found is not None
+    assert not found.holds
+
+
+def test_noise_that_is_used_again_in_the_other_tensor() -> None:
+    again = lambda index: lambda shape: np.random.default_rng(index).standard_normal(shape)
+    assert not attack(central_release(central(), again), central_promise(central()), 0).holds
+
+
+@pytest.mark.parametrize("forgotten", [0, 1])
+def test_a_tensor_without_noise(forgotten: int) -> None:
+    def noise(index: int) -> privacy.Noise:
+        numbers = itertools.count()
+        return lambda shape: np.random.default_rng(index).standard_normal(shape) * (next(numbers) != forgotten)
+
+    assert not attack(central_release(central(), noise), central_promise(central()), 0).holds
 
 
 def test_missing_clipping_of_rows(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -125,9 +157,8 @@ def test_missing_clipping_of_rows(monkeypatch: pytest.MonkeyPatch) -> None:
 def broken_rows(own: OwnPrivacy | None = None, draws: Draws | None = None) -> audited.MechanismAudit:
     honest = rows()
     release = rows_release(own or honest, draws or Draws(7))
-    known = Draws(derive_seed(0, "privacy"))
     promise = Promise("dp-sgd", honest.noise_multiplier, 8.0, lambda noise: 8.0)
-    return attack(release, promise, 0, lambda index: lambda shape: known.normal(shape, audited.CLIENT, index))
+    return attack(release, promise, 0, rows_release(honest, Draws(derive_seed(0, "privacy"))))
 
 
 @pytest.mark.parametrize("factor", [0.5, 0.7])
@@ -183,7 +214,8 @@ def broken_shares(draws: Draws | None = None) -> audited.MechanismAudit:
     run = config("distributed")
     mechanism = Mechanism.of(run, len(SIZES))
     assert mechanism is not None
-    return attack(shares_release(run, mechanism, draws or Draws(7)), central_promise(mechanism), 0)
+    promise = parties_promise(mechanism, most_rounds(run, SIZES))
+    return attack(shares_release(run, mechanism, draws or Draws(7)), promise, 0)
 
 
 def test_parties_that_do_not_clip(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -191,10 +223,10 @@ def test_parties_that_do_not_clip(monkeypatch: pytest.MonkeyPatch) -> None:
     assert not broken_shares().holds
 
 
-def test_shares_of_noise_for_all_parties_in_place_of_those_that_are_enough(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Shares of a nineteenth of the variance, where seven parties are left: noise too small by a factor of 0.6."""
+def test_shares_of_noise_that_count_on_the_adversarys(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Of t parties, of variance z^2 / t in place of z^2 / (t - 1)."""
     add_noise = PartySum.add_noise
-    monkeypatch.setattr(PartySum, "add_noise", lambda self, threshold, uniform: add_noise(self, 20, uniform))
+    monkeypatch.setattr(PartySum, "add_noise", lambda self, fewest, uniform: add_noise(self, fewest + 1, uniform))
     found = broken_shares()
     assert not found.holds
     assert found.found_noise is not None
@@ -243,7 +275,8 @@ def test_the_rounds_of_a_run_have_noise_of_their_own(noise: dict[str, Any]) -> N
 
 def test_noise_that_the_public_seed_gives_away() -> None:
     drawn = lambda index: derive_rng(0, "privacy", index).standard_normal
-    found = attack(central_release(central(), drawn), central_promise(central()), 0, drawn)
+    release = central_release(central(), drawn)
+    found = attack(release, central_promise(central()), 0, release)
     assert not found.holds
     assert not broken_rows(draws=Draws(derive_seed(0, "privacy"))).holds
     # Who does not know it sees noise as promised.
@@ -252,6 +285,6 @@ def test_noise_that_the_public_seed_gives_away() -> None:
 
 def test_the_operating_systems_noise_is_not_given_away() -> None:
     """What real federations draw: the run's seed tells nothing of it."""
-    known = lambda index: derive_rng(0, "privacy", index).standard_normal
+    known = central_release(central(), SEEDED)
     assert attack(central_release(central(), lambda index: system_noise), central_promise(central()), 0, known).holds
     assert broken_rows(draws=Draws(None)).holds

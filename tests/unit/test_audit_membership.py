@@ -9,7 +9,7 @@ import torch
 from fedit.audit.membership import Rows
 from fedit.base import load_base, load_tokenizer
 from fedit.config import AdapterConfig, ClientConfig, ModelConfig
-from fedit.interfaces import EncodedExample, Example
+from fedit.interfaces import DataError, EncodedExample, Example
 from fedit.model import StackedModel
 from fedit.tuning import TuningTask, tune
 
@@ -38,7 +38,7 @@ def test_an_overfitted_model_gives_its_members_away(model) -> None:
     assert found.num_rows == 64
     assert found.auc > 0.95
     assert found.true_share > 0.6
-    assert found.true_share_interval[0] < found.true_share <= found.true_share_interval[1]
+    assert found.true_share_interval[0] <= found.true_share <= found.true_share_interval[1]
     assert found.base_interval[0] < 0.5 < found.base_interval[1]
     assert found.curve[0] == (0.0, 0.0)
     assert found.curve[-1] == (1.0, 1.0)
@@ -54,3 +54,12 @@ def test_as_many_rows_of_each_category(model) -> None:
     assert rows.num_each == 4 + 3
     chosen = [row.example.category for row in rows._rows]
     assert chosen[:7] == chosen[7:] == ["one"] * 4 + ["two"] * 3
+
+
+def test_rows_without_a_category_in_common_are_drawn_of_all(model) -> None:
+    members = [*make_rows(3, 0, "one"), *make_rows(3, 1, "two")]
+    rows = Rows(model, members, make_rows(4, 2, "other"), 0)
+    assert rows.num_each == 4
+    assert not rows.judge(model.fresh_adapter(np.random.default_rng(0))).by_category
+    with pytest.raises(DataError, match="there is no row"):
+        Rows(model, [], make_rows(4, 2), 0)

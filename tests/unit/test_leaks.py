@@ -18,8 +18,8 @@ def make_recovered(recall: float, **changes: Any) -> dict[str, Any]:
 
 
 def make_update(setting: str, seen: str, steps: int, recall: float, *, first=False) -> dict[str, Any]:
-    return {"setting": setting, "steps": steps, "seen": seen, "num_updates": 1 if seen == "one update" else 8,
-            "first_round": first, "recovered": make_recovered(recall)}  # fmt: skip
+    return {"setting": setting, "plain": steps == 1, "steps": steps, "seen": seen, "first_round": first,
+            "num_updates": 1 if seen == "one update" else 8, "recovered": make_recovered(recall)}  # fmt: skip
 
 
 MEMBERSHIP = {"num_rows": 320, "auc": 0.612, "auc_interval": [0.57, 0.65], "true_share": 0.031,
@@ -29,9 +29,10 @@ MEMBERSHIP = {"num_rows": 320, "auc": 0.612, "auc_interval": [0.57, 0.65], "true
 
 def make_canaries(setting: str, epsilon: float | None) -> dict[str, Any]:
     exposure = {"0": 1.2, "1": 1.9, "4": 3.3, "16": 5.7}
-    return {"setting": setting, "rounds": 8, "highest": 7.0, "exposure": exposure,
-            "update_exposure": None if setting == "central" else exposure, "coin_auc": 0.51, "update_coin_auc": 0.6,
-            "empirical": {"epsilon": 0.4}, "epsilon": epsilon, "membership": MEMBERSHIP, "holds": True}  # fmt: skip
+    return {"setting": setting, "rounds": 8, "took_part": {"copied": 5, "tossed": 3}, "highest": 7.0,
+            "exposure": exposure, "update_exposure": None if setting == "central" else exposure, "coin_auc": 0.51,
+            "update_coin_auc": 0.6, "empirical": {"epsilon": 0.4}, "epsilon": epsilon,
+            "membership": MEMBERSHIP, "holds": True}  # fmt: skip
 
 
 def make_audit(**changes: Any) -> dict[str, Any]:
@@ -112,3 +113,41 @@ def test_central_noise_hides_nothing_from_the_server_that_adds_it() -> None:
     assert list(said) == ["One update", "The noisy sum", "The final model"]
     assert said["One update"].startswith("The server, which is trusted to forget them, names 88%")
     assert "exposure" not in said["One update"]
+
+
+def test_local_training_of_one_step_is_not_taken_for_plain_gradient_descent() -> None:
+    plain, local = (
+        make_update("none", "one update", 1, 0.88),
+        {**make_update("none", "one update", 1, 0.31), "plain": False},
+    )
+    shown = leaks(make_audit(updates=[plain, local], membership=None))
+    assert shown is not None
+    (said,) = (text for who, text in shown["sentences"] if who == "One update")
+    assert "88% of the 50" in said
+    assert "31% of the 50" in said
+
+
+def test_members_that_the_base_itself_tells_apart_mean_nothing() -> None:
+    other = {**MEMBERSHIP, "base_auc": 0.71, "base_interval": [0.66, 0.75], "by_category": False}
+    shown = leaks(make_audit(membership=other))
+    assert shown is not None
+    said = dict(shown["sentences"])["The final model"]
+    assert "That means nothing: the base, which was trained on neither, tells them apart as well (AUC 0.710)" in said
+    assert "no category in common" in said
+
+
+def test_canaries_whose_client_was_not_drawn_have_no_exposure(tmp_path: Path) -> None:
+    absent = {**make_canaries("none", None), "took_part": {"copied": 0, "tossed": 3}, "exposure": None,
+              "update_exposure": None}  # fmt: skip
+    (tmp_path / "config.json").write_text(json.dumps({"config": {"rounds": 8}}))
+    (tmp_path / "audit.json").write_text(json.dumps(make_audit(canaries=[absent, make_canaries("central", 8.0)])))
+    page = write_report(tmp_path).read_text()
+    assert "<td>0, 3</td><td>–</td><td>–</td>" in page
+    assert "<td>5, 3</td>" in page
+
+
+def test_every_setting_has_a_curve() -> None:
+    names = ["none", "central", "dp-sgd", "local", "distributed"]
+    labels = {name: f"as in {name}" for name in names}
+    figure = roc_figure(make_audit(labels=labels, canaries=[make_canaries(name, None) for name in names]))
+    assert all(f"as in {name}" in str(figure) for name in names[1:])

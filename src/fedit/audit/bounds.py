@@ -105,11 +105,15 @@ def auc(members: np.ndarray, others: np.ndarray) -> float:
     return float(wins.mean() / (2 * len(others)))
 
 
-def auc_interval(
-    members: np.ndarray, others: np.ndarray, rng: np.random.Generator, resamples: int = 1000
+def bootstrap_interval(
+    statistic: Callable[[np.ndarray, np.ndarray], float],
+    members: np.ndarray,
+    others: np.ndarray,
+    rng: np.random.Generator,
+    resamples: int = 1000,
 ) -> tuple[float, float]:
-    """Return the 95% percentile bootstrap interval of the AUC, over members and others."""
-    draws = [auc(rng.choice(members, len(members)), rng.choice(others, len(others))) for _ in range(resamples)]
+    """Return the 95% percentile bootstrap interval of a statistic such as the AUC, over members and others."""
+    draws = [statistic(rng.choice(members, len(members)), rng.choice(others, len(others))) for _ in range(resamples)]
     low, high = np.quantile(draws, [(1 - CONFIDENCE) / 2, (1 + CONFIDENCE) / 2])
     return float(low), float(high)
 

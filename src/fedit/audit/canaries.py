@@ -18,18 +18,19 @@ from __future__ import annotations
 
 import re
 from collections import Counter
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 
 import numpy as np
 
 from fedit.audit.bounds import EmpiricalEpsilon, auc, calibrated, empirical_epsilon
+from fedit.audit.mechanism import CONFIDENCE
 from fedit.audit.membership import Membership, Rows
-from fedit.audit.subject import Setting, Subject, trained
+from fedit.audit.subject import Setting, Subject, drawn, trained
 from fedit.config import RunConfig
 from fedit.data import encode_all
 from fedit.evaluation.heldout import NUM_SLOTS, response_losses
-from fedit.interfaces import Adapter, EncodedExample, Example, Turn, derive_rng
+from fedit.interfaces import Adapter, DataError, EncodedExample, Example, Turn, derive_rng
 from fedit.model import StackedModel
 from fedit.own_privacy import OwnPrivacy
 
@@ -44,6 +45,8 @@ NUM_WORDS = 5
 """Of an instruction, and of a response"""
 MOST_WORDS = 500
 """That they are drawn of, the most frequent ones"""
+MOST_LETTERS = 12
+"""Of a word: where nothing stands between words, a sentence is one."""
 NUM_COINS = 128
 DELTA = 1e-6
 """Of the lower bound, and of the accountant's epsilon that it is compared with"""
@@ -55,18 +58,22 @@ class CanaryAudit:
 
     setting: str
     rounds: int
+    took_part: Mapping[str, int]
+    """In how many of them the clients of the ``copied`` and the ``tossed`` canaries were"""
     highest: float
     """The exposure of a canary that is the first guess"""
-    exposure: Mapping[int, float]
-    """Of the final model: mean bits by the number of copies"""
+    exposure: Mapping[int, float] | None
+    """Of the final model: mean bits by the number of copies; None: their client never took part."""
     update_exposure: Mapping[int, float] | None
     """Of the last update; None: nobody has it, or with central noise the trusted server alone"""
-    coin_auc: float
+    coin_auc: float | None
     """Of the final model: how well single canaries that were there are told from those that were not"""
     update_coin_auc: float | None
     """Of all updates"""
     empirical: EmpiricalEpsilon
     """Of a row"""
+    sure_epsilon: float
+    """The same with `CONFIDENCE`"""
     epsilon: float | None
     """The accountant's for a row at the same delta; None: it promises nothing of a row"""
     membership: Membership
@@ -75,7 +82,7 @@ class CanaryAudit:
     @property
     def holds(self) -> bool:
         """Whether the accountant's epsilon is not exceeded."""
-        return self.epsilon is None or self.empirical.epsilon <= self.epsilon
+        return self.epsilon is None or self.sure_epsilon <= self.epsilon
 
 
 @dataclass(frozen=True, eq=False)
@@ -90,8 +97,15 @@ class _Planted:
     """bool [coins]"""
 
 
-def audit_canaries(subject: Subject, chosen: Sequence[Setting], rounds: int, rows: Rows) -> list[CanaryAudit]:
-    """Run each setting for so many rounds with canaries among the rows, and ask its model for them."""
+def audit_canaries(
+    subject: Subject, chosen: Sequence[Setting], rounds: int, rows: Callable[[frozenset[str]], Rows]
+) -> list[CanaryAudit]:
+    """Run each setting for so many rounds with canaries among the rows, and ask its model for them; `rows` are members
+    of some clients, and others.
+
+    Raises:
+        DataError: canaries cannot be made of the held-out rows, or no client took part.
+    """
     planted = _plant(subject)
     sizes = [len(each) for each in planted.clients.values()]
     return [_ask(subject, setting, rounds, rows, planted, row_epsilon(setting.config, rounds, sizes))
@@ -102,11 +116,12 @@ def _ask(
     subject: Subject,
     setting: Setting,
     rounds: int,
-    rows: Rows,
+    rows: Callable[[frozenset[str]], Rows],
     planted: _Planted,
     epsilon: float | None,
 ) -> CanaryAudit:
-    model, config = subject.model, setting.config.model_copy(update={"rounds": rounds})
+    cohort = setting.config.cohort.model_copy(update={"min_updates": 1})
+    model, config = subject.model, setting.config.model_copy(update={"rounds": rounds, "cohort": cohort})
     sent: dict[str, list[tuple[Adapter, Adapter]]] = {COPIED: [], TOSSED: []}
     adapter = trained(config, model, subject.initial, planted.clients, sent)
     lengths = np.asarray([coin.num_supervised for coin in planted.coins])
@@ -121,18 +136,24 @@ def _ask(
         if sent[COPIED]:
             before, after = (_candidate_losses(model, stage, planted) for stage in sent[COPIED][-1])
             update_exposure = _exposures(after - before)
-    aucs = {who: auc(each[planted.included], each[~planted.included]) for who, each in lowered.items()}
+    aucs = {}
+    if sent[TOSSED]:
+        aucs = {who: auc(each[planted.included], each[~planted.included]) for who, each in lowered.items()}
+    sizes = {client: len(each) for client, each in planted.clients.items()}
+    scores = list(lowered.values())
     return CanaryAudit(
         setting.name,
         rounds,
+        {"copied": len(sent[COPIED]), "tossed": len(sent[TOSSED])},
         float(np.log2(NUM_SECRETS)),
-        _exposures(_candidate_losses(model, adapter, planted)),
+        _exposures(_candidate_losses(model, adapter, planted)) if sent[COPIED] else None,
         update_exposure,
-        aucs["model"],
+        aucs.get("model"),
         aucs.get("updates"),
-        empirical_epsilon(list(lowered.values()), planted.included, DELTA),
+        empirical_epsilon(scores, planted.included, DELTA),
+        empirical_epsilon(scores, planted.included, DELTA, CONFIDENCE).epsilon,
         epsilon,
-        rows.judge(adapter),
+        rows(drawn(config, sizes, rounds) - {COPIED, TOSSED}).judge(adapter),
     )
 
 
@@ -162,7 +183,9 @@ def _plant(subject: Subject) -> _Planted:
 def _words(rows: Sequence[EncodedExample]) -> list[str]:
     """Return the most frequent words of the rows' turns."""
     texts = (text for row in rows for turn in row.example.turns for text in (turn.instruction, turn.response))
-    counts = Counter(word for text in texts for word in re.findall(r"\w+", text))
+    counts = Counter(word[:MOST_LETTERS] for text in texts for word in re.findall(r"\w+", text))
+    if not counts:
+        raise DataError("canaries are random words of the held-out rows, and these have none.")
     return [word for word, _ in counts.most_common(MOST_WORDS)]
 
 
@@ -175,7 +198,13 @@ def _canary(asked: str, secret: str) -> Example:
 
 
 def _encoded(subject: Subject, examples: Sequence[Example]) -> list[EncodedExample]:
-    return encode_all(examples, subject.config.data, subject.model.tokenizer)[0]
+    encoded, report = encode_all(examples, subject.config.data, subject.model.tokenizer)
+    if len(encoded) < len(examples):
+        raise DataError(
+            f"of {len(examples)} canaries, random words of held-out rows, {report.too_long} are too long for [data] "
+            f"max_length = {subject.config.data.max_length}, and {report.all_masked} have a response without tokens."
+        )
+    return encoded
 
 
 def _losses(model: StackedModel, adapters: Sequence[Adapter | None], rows: Sequence[EncodedExample]) -> np.ndarray:

@@ -1,16 +1,20 @@
 """Whether noise hides what it promises to: the strongest adversary against the mechanism itself, in one run of it.
 
-Canary i sends an update of ten times the clip norm, of which the share a lies on a coordinate of its own and the rest
-on one that all have in common; its sign changes from round to round. A fair coin decides whether it takes part, in all
-rounds or in none. The adversary sees every noisy sum and knows all but the coins. If what is promised holds, T rounds
+Canary i sends an update of ten times the clip norm, of which the share a lies on a coordinate of its own, in one
+tensor, and the rest on one that all have in common, in another tensor of the same shape; its sign changes from round to
+round, and the tensors change places from run to run. A fair coin decides whether it takes part, in all rounds or in
+none. The adversary sees every noisy sum and knows all but the coins. If what is promised holds, T rounds
 of noise z leave each coin behind a shift of a sqrt(T) / z standard deviations (Gaussian differential privacy,
 1905.02383), with a such that this is about `SHIFT`: neither hidden altogether nor seen at a glance. As many coordinates
 have no canary: they tell the adversary how the noise of the rounds goes together. It takes off what the run's public
-seed would draw, and weighs the rounds by the inverse of the covariance of what is left. So it sees
+seed would draw, or what the other tensor got, and weighs the rounds by the inverse of the covariance of what is left.
+So it sees
 
-- updates that are not clipped: the shift is tenfold;
-- noise that is too small: the shift grows as it shrinks;
-- noise that is used again, or that the seed gives away: what is the same in two rounds falls out.
+- updates that are not clipped, or tensor by tensor: the shift is tenfold, or 1 / a of what it has to be;
+- noise that is too small, or missing in a tensor: the shift grows as it shrinks;
+- noise that is used again, or that the seed gives away: what is the same in two rounds, or two tensors, falls out.
+
+Of noise in shares it is a party, and knows its own share.
 
 Which shifts its errors refute follows from exact intervals of both kinds of them (2302.07956). The noise multiplier
 that gives the largest such shift is found: the noise is that at most, and the accountant says what epsilon it costs.
@@ -32,8 +36,8 @@ from torch import Tensor
 
 from fedit.accounting import spent_epsilon
 from fedit.audit.bounds import empirical_epsilon, share_interval
+from fedit.cohort import most_rounds
 from fedit.config import RunConfig
-from fedit.config.privacy import threshold_of
 from fedit.engines.client_store import ClientStore
 from fedit.engines.simulation import Simulation
 from fedit.interfaces import Adapter, ClientUpdate, derive_rng, derive_seed
@@ -48,6 +52,8 @@ NUM_CANARIES = 1024
 NUM_RUNS = 8
 NUM_ROUNDS = 8
 SHIFT = 1.5
+MOST_SHARE = 0.7
+"""Of a canary's norm for itself: the rest is what clipping tensor by tensor would give it back."""
 TOO_LONG = 10.0
 """Norm of a canary's update before it is clipped, clip norms"""
 CONFIDENCE = 0.999
@@ -55,12 +61,15 @@ CONFIDENCE = 0.999
 DELTA = 1e-6
 """Of the bound that assumes no shape: so small that it counts for little in spite of the many canaries"""
 CLIENT = "canaries"
-NUM_PARTIES = 10
-"""That begin a round of noise in shares; as many of them vanish as may"""
+TENSORS = ("one", "other")
+NUM_PARTIES = 2
+"""Of a sum with noise in shares, the fewest there can be; one of them is the adversary."""
+LEAST_NOISE = 0.3
+"""That the accountant is asked about: of less, its exact numbers take minutes."""
 
 Release = Callable[[np.ndarray, int], np.ndarray]
-"""What a mechanism makes of the updates [canaries, d], in clip norms, of a round: their noisy sum [d], in clip norms.
-Who does not take part has an update of zero."""
+"""What a mechanism makes of the updates [canaries, 2, d] of two tensors, in clip norms, of a round: their noisy sum
+[2, d], in clip norms. Who does not take part has an update of zero."""
 
 
 @dataclass(frozen=True)
@@ -105,21 +114,23 @@ class MechanismAudit:
 
 def audit_mechanism(config: RunConfig, sizes: Mapping[str, int]) -> MechanismAudit | None:
     """Attack the noise of a run whose clients have so many rows; None: it adds none."""
-    seed = derive_seed(config.seed, "audit", "noise")  # what the adversary does not know; the run's seed it does
+    make: Callable[[int], Release]
     if (mechanism := Mechanism.of(config, len(sizes))) is not None:
+        promise = central_promise(mechanism)
+        make = lambda seed: central_release(mechanism, lambda index: derive_rng(seed, index).standard_normal)
         if mechanism.is_distributed:
-            return attack(shares_release(config, mechanism, Draws(seed)), central_promise(mechanism), config.seed)
-        secret = lambda index: derive_rng(seed, index).standard_normal
-        public = lambda index: derive_rng(config.seed, "privacy", index).standard_normal
-        return attack(central_release(mechanism, secret), central_promise(mechanism), config.seed, public)
-    if (own := OwnPrivacy.of(config, max(sizes.values()))) is None:
+            promise = parties_promise(mechanism, most_rounds(config, sizes))
+            make = lambda seed: shares_release(config, mechanism, Draws(seed))
+    elif (own := OwnPrivacy.of(config, max(sizes.values()))) is not None:
+        promise = own_promise(own)
+        make = lambda seed: rows_release(own, Draws(seed))
+        if own.mechanism == "local":
+            make = lambda seed: local_release(config, own, Draws(seed))
+    else:
         return None
-    promise = own_promise(own)
-    if own.mechanism == "local":
-        return attack(local_release(config, own, Draws(seed)), promise, config.seed)
-    known = Draws(derive_seed(config.seed, "privacy"))
-    public = lambda index: lambda shape: known.normal(shape, CLIENT, index)
-    return attack(rows_release(own, Draws(seed)), promise, config.seed, public)
+    # The run's seed the adversary knows, that of the noise it does not; what draws are the same in spite of it, it has.
+    secret, public = (derive_seed(config.seed, *purpose) for purpose in (("audit", "noise"), ("privacy",)))
+    return attack(make(secret), promise, config.seed, make(public))
 
 
 def central_promise(mechanism: Mechanism) -> Promise:
@@ -130,6 +141,13 @@ def central_promise(mechanism: Mechanism) -> Promise:
     return Promise(mechanism.config.mechanism, mechanism.update_noise, mechanism.spent(rounds), spent)
 
 
+def parties_promise(mechanism: Mechanism, rounds: int) -> Promise:
+    """Return what is promised against the server and the parties, who know which `rounds` a client takes part in."""
+    noise, delta = mechanism.noise_multiplier, mechanism.delta
+    spent = lambda found: spent_epsilon(found, 1.0, rounds, delta)
+    return Promise(mechanism.config.mechanism, noise, mechanism.spent_against_parties(rounds), spent)
+
+
 def own_promise(own: OwnPrivacy) -> Promise:
     """Return what a client's own noise promises it."""
     factor = 1.0 if own.mechanism == "dp-sgd" else 0.5
@@ -138,25 +156,25 @@ def own_promise(own: OwnPrivacy) -> Promise:
     return Promise(own.mechanism, own.noise_multiplier, own.spent(own.num_tunings), spent)
 
 
-def attack(
-    release: Release, promise: Promise, seed: int, public: Callable[[int], Noise] | None = None
-) -> MechanismAudit:
-    """Let the adversary guess the coins of `NUM_CANARIES` canaries; `public` is noise that it can draw itself."""
-    share = min(1.0, SHIFT * promise.noise_multiplier / math.sqrt(NUM_ROUNDS))
+def attack(release: Release, promise: Promise, seed: int, public: Release | None = None) -> MechanismAudit:
+    """Let the adversary guess the coins of `NUM_CANARIES` canaries; `public` draws what noise it can draw itself."""
+    share = min(MOST_SHARE, SHIFT * promise.noise_multiplier / math.sqrt(NUM_ROUNDS))
     coins = derive_rng(seed, "audit", "coins").random((NUM_RUNS, NUM_CANARIES)) < 0.5
     signs = (-1.0) ** np.arange(NUM_ROUNDS)
     scores = list[list[np.ndarray]]()
     for run, included in enumerate(coins):
-        updates = np.zeros((NUM_CANARIES, 2 * NUM_CANARIES + 1), dtype=np.float32)
-        updates[np.arange(NUM_CANARIES), np.arange(NUM_CANARIES)] = TOO_LONG * share
-        updates[:, -1] = TOO_LONG * math.sqrt(1 - share**2)
+        own, other = run % 2, 1 - run % 2
+        updates = np.zeros((NUM_CANARIES, 2, 2 * NUM_CANARIES + 1), dtype=np.float32)
+        updates[np.arange(NUM_CANARIES), own, np.arange(NUM_CANARIES)] = TOO_LONG * share
+        updates[:, other, -1] = TOO_LONG * math.sqrt(1 - share**2)
         updates[~included] = 0
         rounds = range(run * NUM_ROUNDS, (run + 1) * NUM_ROUNDS)
-        sums = np.stack([release(sign * updates, index)[:-1] for index, sign in zip(rounds, signs, strict=True)])
-        views = [sums]
+        sums = [release(sign * updates, index)[:, :-1] for index, sign in zip(rounds, signs, strict=True)]
+        sums, beside = (np.stack([each[tensor] for each in sums]) for tensor in (own, other))
+        views = [sums, _without(sums, beside)]
         if public is not None:
-            drawn = np.stack([public(index)((updates.shape[1],))[:-1] for index in rounds])
-            views.append(_without(sums, drawn))
+            nothing = np.zeros_like(updates)
+            views.append(_without(sums, np.stack([public(nothing, index)[own, :-1] for index in rounds])))
         scores.append([_matched(view, signs) for view in views])
     return _judge(promise, share, [np.concatenate(each) for each in zip(*scores, strict=True)], coins.flatten())
 
@@ -166,12 +184,13 @@ def _judge(promise: Promise, share: float, scores: Sequence[np.ndarray], include
     promised = promise.noise_multiplier
     shift = max(_refuted_shift(each, included, (1 - CONFIDENCE) / len(scores)) for each in scores)
     found = share * math.sqrt(NUM_ROUNDS) / shift if shift > 0 else None
+    least = max(promised / 2, min(promised, LEAST_NOISE))  # less noise costs more still
     return MechanismAudit(
         promise.mechanism,
         promised,
         found,
         promise.epsilon,
-        0.0 if found is None else promise.spent(max(found, promised / 4)),  # less noise costs more still
+        0.0 if found is None else promise.spent(max(found, least)),
         empirical_epsilon(scores, included, DELTA, CONFIDENCE).epsilon,
         spent_epsilon(promised / share, 1.0, NUM_ROUNDS, DELTA),
     )
@@ -181,15 +200,15 @@ def _matched(sums: np.ndarray, signs: np.ndarray) -> np.ndarray:
     """Return each canary's score [m], best for noise that goes together from round to round as in the empty half."""
     canaries, empty = np.split(sums, 2, axis=1)
     covariance = empty @ empty.T / empty.shape[1]
-    covariance += 1e-9 * np.trace(covariance) / len(signs) * np.eye(len(signs))
+    covariance += (1e-9 * np.trace(covariance) / len(signs) + 1e-30) * np.eye(len(signs))
     score = np.linalg.solve(covariance, signs) @ canaries
-    return score / np.abs(score).mean()
+    return score / max(float(np.abs(score).mean()), 1e-30)
 
 
 def _without(sums: np.ndarray, drawn: np.ndarray) -> np.ndarray:
     """Return the sums without what follows from numbers that are known, as far as the empty half does."""
     empty, known = (np.split(each, 2, axis=1)[1] for each in (sums, drawn))
-    factors = (empty * known).sum(axis=1) / (known**2).sum(axis=1)
+    factors = (empty * known).sum(axis=1) / np.maximum((known**2).sum(axis=1), 1e-30)
     return sums - factors[:, None] * drawn
 
 
@@ -212,37 +231,35 @@ def central_release(mechanism: Mechanism, noise: Callable[[int], Noise]) -> Rele
     clip_norm = mechanism.config.clip_norm
 
     def release(updates: np.ndarray, round_index: int) -> np.ndarray:
-        scaled = torch.from_numpy(updates * clip_norm).float()
-        adapter = Adapter({CLIENT: scaled[0]}, 1, 1.0)
-        sent = (
-            ClientUpdate(str(index), adapter.with_tensors({CLIENT: update}), 1, 1, 0.0, 1)
-            for index, update in enumerate(scaled)
-            if update.any()
-        )
-        mean, _ = mechanism.mean(adapter, adapter.tensors, sent, clip_norm, noise(round_index))
-        return mean.update.tensors[CLIENT].double().numpy() * mechanism.expected_size / clip_norm
+        sent = [_adapter(update * clip_norm) for update in updates if update.any()]
+        empty = _adapter(np.zeros_like(updates[0]))
+        came = (ClientUpdate(str(index), each, 1, 1, 0.0, 1) for index, each in enumerate(sent))
+        mean, _ = mechanism.mean(empty, empty.tensors, came, clip_norm, noise(round_index))
+        sums = torch.stack([mean.update.tensors[name] for name in TENSORS])
+        return sums.double().numpy() * mechanism.expected_size / clip_norm
 
     return release
 
 
 def shares_release(config: RunConfig, mechanism: Mechanism, draws: Draws) -> Release:
-    """Return the sum of parties that clip and add shares of the noise, of as few as are enough for one."""
-    settings = config.secure_sums
-    assert settings is not None
-    fewest = threshold_of(settings.threshold, NUM_PARTIES)
+    """Return the sum of as few parties as can be that clip and add shares of the noise, but for the adversary's."""
 
     def release(updates: np.ndarray, round_index: int) -> np.ndarray:
         encoding = Encoding.of(config, len(updates), mechanism.noise_multiplier)
-        scaled = torch.from_numpy(updates * encoding.clip_norm).float()
-        sums = np.zeros(updates.shape[1], "<u4")
-        for party in range(fewest):
-            total = PartySum(encoding, {CLIENT: scaled[0].shape})
-            for index in range(party, len(scaled), fewest):
-                total.add(ClientUpdate(str(index), Adapter({CLIENT: scaled[index]}, 1, 1.0), 1, 1, 0.0, 1))
-            numbers = itertools.count()
-            total.add_noise(fewest, lambda size, p=party, n=numbers: draws.uniform(size, round_index, p, next(n)))
+        shapes = {name: torch.Size(updates.shape[2:]) for name in TENSORS}
+        sums = np.zeros(updates[0].size, "<u4")
+        for party in range(NUM_PARTIES):
+            total = PartySum(encoding, shapes)
+            for update in updates[party::NUM_PARTIES]:
+                if update.any():
+                    total.add(ClientUpdate(CLIENT, _adapter(update * encoding.clip_norm), 1, 1, 0.0, 1))
+            if party:
+                numbers = itertools.count()
+                total.add_noise(
+                    NUM_PARTIES, lambda size, p=party, n=numbers: draws.uniform(size, round_index, p, next(n))
+                )
             sums += total.numbers
-        return sums.view("<i4") * (encoding.step / encoding.clip_norm)
+        return sums.view("<i4").reshape(updates.shape[1:]) * (encoding.step / encoding.clip_norm)
 
     return release
 
@@ -254,32 +271,38 @@ def rows_release(own: OwnPrivacy, draws: Draws) -> Release:
     stack = PrivateStack(cast(StackedModel, rows), cast(StackedModel, rows), (CLIENT,))
 
     def release(gradients: np.ndarray, step: int) -> np.ndarray:
-        rows.gradients, rows.start, rows.num_taken = torch.from_numpy(gradients * own.clip_norm).float(), 0, 0
+        flat = gradients.reshape(len(gradients), -1)
+        rows.gradients, rows.start, rows.num_taken = torch.from_numpy(flat * own.clip_norm).float(), 0, 0
         if step % NUM_ROUNDS == 0:
             stack.start(0, privacy, CLIENT, step, Adapter({CLIENT: rows.parameters[0]}, 1, 1.0))
         stack.begin_step({0})
         while rows.more(stack.max_rows):
             stack.add_rows([0] * rows.num_taken)
-        return stack.take_gradients()[0].double().numpy() * own.num_expected / own.clip_norm
+        sums = stack.take_gradients()[0].double().numpy() * own.num_expected / own.clip_norm
+        return sums.reshape(gradients.shape[1:])
 
     return release
 
 
 def local_release(config: RunConfig, own: OwnPrivacy, draws: Draws) -> Release:
-    """Return the numbers of what each client sends: its canary, and one that is empty."""
+    """Return the numbers of what each client sends, of either tensor: its canary's, and one that is empty."""
     nobody: Any = None
     engine = Simulation(config, nobody, {}, cast(ClientStore, nobody), draws=draws)
 
     def release(updates: np.ndarray, round_index: int) -> np.ndarray:
         num = len(updates)
-        sums = np.zeros(updates.shape[1])
+        sums = np.zeros(updates.shape[1:])
         for index, update in enumerate(updates * own.clip_norm):
-            numbers = torch.tensor([update[index], 0.0, update[-1]])
-            noisy = engine._noisy({"canary": numbers}, own, str(index), round_index)["canary"]
-            sums[[index, num + index]] = noisy[:2].numpy() / own.clip_norm
+            sent = _adapter(update[:, [index, num + index, -1]]).tensors
+            noisy = engine._noisy(sent, own, str(index), round_index)
+            sums[:, [index, num + index]] = torch.stack([noisy[name][:2] for name in TENSORS]).numpy() / own.clip_norm
         return sums
 
     return release
+
+
+def _adapter(update: np.ndarray) -> Adapter:
+    return Adapter(dict(zip(TENSORS, torch.from_numpy(update).float(), strict=True)), 1, 1.0)
 
 
 class _Rows:
@@ -288,7 +311,7 @@ class _Rows:
     num_slots = 1
 
     def __init__(self) -> None:
-        self.num_parameters = 2 * NUM_CANARIES + 1
+        self.num_parameters = 2 * (2 * NUM_CANARIES + 1)
         self.parameters = torch.zeros(1, self.num_parameters)
         self.gradients = torch.zeros(0, self.num_parameters)
         self.start = self.num_taken = 0

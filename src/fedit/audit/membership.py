@@ -15,9 +15,9 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from fedit.audit.bounds import auc, auc_interval, calibrated, hits_at, share_interval
+from fedit.audit.bounds import auc, bootstrap_interval, calibrated, hits_at
 from fedit.evaluation.heldout import response_losses
-from fedit.interfaces import Adapter, EncodedExample, derive_rng
+from fedit.interfaces import Adapter, DataError, EncodedExample, derive_rng
 from fedit.model import StackedModel
 
 MOST_ROWS = 1000
@@ -43,6 +43,8 @@ class Membership:
     base_interval: tuple[float, float]
     curve: tuple[tuple[float, float], ...] = ()
     """False and true shares at some thresholds"""
+    by_category: bool = True
+    """Whether there are as many of each category; where clients have none that held-out rows have, there cannot be."""
 
 
 class Rows:
@@ -51,9 +53,17 @@ class Rows:
     def __init__(
         self, model: StackedModel, members: Sequence[EncodedExample], others: Sequence[EncodedExample], seed: int
     ) -> None:
-        """Draw the rows and measure the base."""
+        """Draw the rows and measure the base.
+
+        Raises:
+            DataError: there are no members, or no others.
+        """
+        if not members or not others:
+            raise DataError("members are told from others, and of one of them there is no row.")
         self._model, self._seed = model, seed
-        self._rows = _balanced(members, others, derive_rng(seed, "audit", "members"))
+        categories = [{row.example.category for row in rows} for rows in (members, others)]
+        self._by_category = not categories[0].isdisjoint(categories[1])
+        self._rows = _balanced(members, others, derive_rng(seed, "audit", "members"), by_category=self._by_category)
         self.num_each = len(self._rows) // 2
         self._num_tokens = np.asarray([row.num_supervised for row in self._rows])
         self._base = self._losses(None)
@@ -63,18 +73,19 @@ class Rows:
         tuned = self._losses(adapter)
         rng = derive_rng(self._seed, "audit", "resample")
         members, others = np.split(calibrated(self._base - tuned, self._base), 2)
-        hits = hits_at(members, others, FALSE_SHARE)
+        share = lambda found, false: hits_at(found, false, FALSE_SHARE) / len(found)
         base = np.split(-self._base, 2)
         return Membership(
             self.num_each,
             auc(members, others),
-            auc_interval(members, others, rng),
-            hits / len(members),
-            share_interval(hits, len(members)),
+            bootstrap_interval(auc, members, others, rng),
+            share(members, others),
+            bootstrap_interval(share, members, others, rng),
             auc(*np.split(-tuned, 2)),
             auc(base[0], base[1]),
-            auc_interval(base[0], base[1], rng),
+            bootstrap_interval(auc, base[0], base[1], rng),
             _curve(members, others),
+            self._by_category,
         )
 
     def _losses(self, adapter: Adapter | None) -> np.ndarray:
@@ -83,10 +94,14 @@ class Rows:
 
 
 def _balanced(
-    members: Sequence[EncodedExample], others: Sequence[EncodedExample], rng: np.random.Generator
+    members: Sequence[EncodedExample],
+    others: Sequence[EncodedExample],
+    rng: np.random.Generator,
+    *,
+    by_category: bool,
 ) -> list[EncodedExample]:
     """Return so many of the members, then as many of the others, of each category."""
-    kinds = [_by_category(rows) for rows in (members, others)]
+    kinds = [_by_category(rows) if by_category else {"": rows} for rows in (members, others)]
     sizes = {name: min(len(kinds[0][name]), len(kinds[1][name])) for name in kinds[0].keys() & kinds[1].keys()}
     most = MOST_ROWS / max(1, sum(sizes.values()))
     chosen = [list[EncodedExample](), list[EncodedExample]()]

@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from fedit.checkpoints import load_state
+from fedit.cohort import participation
 from fedit.config import RunConfig, parse_config
 from fedit.engines.client_store import ClientStore
 from fedit.engines.simulation import Simulation
@@ -23,6 +24,7 @@ from fedit.interfaces import (
     DataError,
     EncodedExample,
     Engine,
+    FeditError,
     derive_rng,
 )
 from fedit.model import StackedModel
@@ -50,6 +52,7 @@ class Subject:
 
     folder: Path
     config: RunConfig
+    """Malicious clients are named in it: where others join, or some are left out, they are the same."""
     data: FederatedData
     model: StackedModel
     initial: Adapter
@@ -62,14 +65,15 @@ class Subject:
         """Load what the run in `folder`, of `config`, was made of.
 
         Raises:
-            ConfigError: it is not finished, was made across real sites, or has no model for all.
+            ConfigError: it is not finished, was made across real sites, or trains on pairs.
             DataError, EngineError: its rows or its base are others now than they were.
         """
         run = RunFolder.read(folder)
         if "fingerprint" not in run.partition:
             raise ConfigError(
                 f"{folder} cannot be audited: its partition.json has no fingerprint of rows, so it was made across "
-                "real sites, whose rows are not here. Audit a run of `fedit run`, of the same recipe on rows that are."
+                "real sites, whose rows are not here, or by an older version. Audit a run of `fedit run`, of the same "
+                "recipe on rows that are here."
             )
         if not run.evaluation:
             raise ConfigError(
@@ -93,6 +97,7 @@ class Subject:
         state = load_state(folder / "checkpoints")
         if state is None:
             raise ConfigError(f"{folder} cannot be audited: it has no checkpoint. Run the recipe again.")
+        config = _with_names(config, list(data.clients))
         return cls(folder, config, data, prepared.model, prepared.initial, state.adapter, state.round_index)
 
     @property
@@ -100,6 +105,11 @@ class Subject:
         """Whether there is one final model for all."""
         rule = self.config.aggregation
         return set(rule.shared(0)) == set(rule.trained(0))
+
+    @property
+    def sizes(self) -> Mapping[str, int]:
+        """The clients' numbers of rows."""
+        return {client: len(rows) for client, rows in self.data.clients.items()}
 
 
 @dataclass(frozen=True)
@@ -148,6 +158,27 @@ def with_privacy(config: RunConfig, privacy: Mapping[str, Any]) -> RunConfig:
     return parse_config(tables)
 
 
+def _with_names(config: RunConfig, clients: Sequence[str]) -> RunConfig:
+    if config.attack is None:
+        return config
+    names = tuple(config.attack.malicious(clients, config.seed))
+    return config.model_copy(update={"attack": config.attack.model_copy(update={"clients": names})})
+
+
+@contextmanager
+def noted(refused: dict[str, str], what: str) -> Iterator[None]:
+    """Write down why something cannot be audited, and go on with the rest."""
+    try:
+        yield
+    except FeditError as error:
+        refused[what] = str(error)
+
+
+def drawn(config: RunConfig, sizes: Mapping[str, int], rounds: int) -> frozenset[str]:
+    """Return the clients that the first `rounds` rounds ask."""
+    return frozenset(client for client, when in participation(config, sizes, rounds).items() if when)
+
+
 @contextmanager
 def simulation(
     config: RunConfig, model: StackedModel, clients: Mapping[str, Sequence[EncodedExample]]
@@ -192,7 +223,7 @@ class _Recorder:
         received = {task.client: task.adapter for task in tasks}
         for result in self.engine.run(tasks):
             if result.client in self.sent and isinstance(result, ClientUpdate):
-                before = received[result.client]
+                before = received[result.client].cut(result.update.rank)  # a client may give up components
                 moved = {name: before.tensors[name] + step for name, step in result.update.tensors.items()}
                 after = before.with_tensors({**before.tensors, **moved})
                 self.sent[result.client].append((before, after))

@@ -15,10 +15,11 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from fedit.adapter import CORE
 from fedit.audit.span import Embeddings, Recovered, recover
-from fedit.audit.subject import Setting, Subject, simulation
+from fedit.audit.subject import Setting, Subject, noted, simulation
 from fedit.config import RunConfig
-from fedit.interfaces import Adapter, ClientTask, ClientUpdate, EncodedExample, derive_rng
+from fedit.interfaces import FACTORS, Adapter, ClientTask, ClientUpdate, EncodedExample, EngineError, derive_rng
 from fedit.privacy import Mechanism
 
 MOST_CLIENTS = 8
@@ -30,8 +31,10 @@ class UpdateAudit:
     """What the tokens of one kind of update look like to who receives it; means over the clients where it is single."""
 
     setting: str
+    plain: bool
+    """Whether it is one step of plain gradient descent, and not the local training of the recipe"""
     steps: int
-    """Local steps; 1: of plain gradient descent"""
+    """Local steps"""
     seen: str
     """``one update``, ``the sum`` of so many clients, or the ``noisy sum``"""
     num_updates: int
@@ -40,20 +43,43 @@ class UpdateAudit:
     recovered: Recovered
 
 
-def audit_updates(subject: Subject, chosen: Sequence[Setting]) -> list[UpdateAudit]:
-    """Look for tokens in what clients send, in each setting; the untrained adapter only without noise."""
+def audit_updates(subject: Subject, chosen: Sequence[Setting], refused: dict[str, str]) -> list[UpdateAudit]:
+    """Look for tokens in what clients send, in each setting; the untrained adapter only without noise. What cannot be
+    looked at goes into `refused`, with the reason.
+
+    Raises:
+        EngineError: nothing can: no layer, or nothing that is sent, has a span.
+    """
+    rule = subject.config.aggregation
+    shared = {factor for round_index in (0, 1) for factor in rule.shared(round_index)}
+    if not shared & {*FACTORS, CORE}:
+        raise EngineError(f"[aggregation] name = {rule.name!r} shares no matrices, so there is no span to check.")
     embeddings = Embeddings(subject.model)
+    if not subject.has_one_model:
+        refused["tokens of the last round's updates"] = (
+            f"[aggregation] name = {rule.name!r} leaves each client factors of its own, without which its updates "
+            "cannot be made again. Those of the first round are looked at."
+        )
     audits = list[UpdateAudit]()
     for setting in chosen:
-        for config in (_one_step(setting.config), setting.config):
-            starts = [(subject.final, subject.rounds_done - 1)]
-            if setting.config.privacy is None:
-                starts.insert(0, (subject.initial, 0))
-            for adapter, round_index in starts:
-                if made := list(_sent(subject, config, adapter, round_index)):
-                    first = adapter is subject.initial
-                    audits += _look(subject, embeddings, setting, config, made, adapter, first=first)
+        for config, plain in ((_one_step(setting.config), True), (setting.config, False)):
+            for adapter, round_index in _starts(subject, setting):
+                first = adapter is subject.initial
+                what = f"{'one step' if plain else 'updates'} of the {'first' if first else 'last'} round"
+                with noted(refused, f"{setting.label}, tokens of {what}"):
+                    if made := list(_sent(subject, config, adapter, round_index)):
+                        for seen, num, found in _look(subject, embeddings, setting, made, adapter):
+                            steps = config.client.num_steps(made[0][0].num_examples)
+                            audits.append(UpdateAudit(setting.name, plain, steps, seen, num, first, _mean(found)))
     return audits
+
+
+def _starts(subject: Subject, setting: Setting) -> list[tuple[Adapter, int]]:
+    """Return from which adapters updates are made, and in which rounds."""
+    starts = [(subject.final, subject.rounds_done - 1)] if subject.has_one_model else []
+    if setting.config.privacy is None or not starts:
+        starts.insert(0, (subject.initial, 0))
+    return starts
 
 
 def _one_step(config: RunConfig) -> RunConfig:
@@ -71,9 +97,10 @@ def _sent(
     subject: Subject, config: RunConfig, adapter: Adapter, round_index: int
 ) -> Iterator[tuple[ClientUpdate, list[EncodedExample]]]:
     """Yield the updates of the first clients, with the rows that each was really trained on."""
-    clients = {client: _Watched(rows) for client, rows in list(subject.data.clients.items())[:MOST_CLIENTS]}
+    clients = {client: _Watched(rows) for client, rows in subject.data.clients.items()}
+    tasks = [ClientTask(client, round_index, adapter, 0) for client in list(clients)[:MOST_CLIENTS]]
     with simulation(config, subject.model, clients) as engine:
-        for result in engine.run([ClientTask(client, round_index, adapter, round_index) for client in clients]):
+        for result in engine.run(tasks):
             if isinstance(result, ClientUpdate) and clients[result.client].read:
                 yield result, clients[result.client].read
 
@@ -97,34 +124,43 @@ def _look(
     subject: Subject,
     embeddings: Embeddings,
     setting: Setting,
-    config: RunConfig,
     sent: Sequence[tuple[ClientUpdate, list[EncodedExample]]],
     adapter: Adapter,
-    *,
-    first: bool,
-) -> Iterator[UpdateAudit]:
-    """Yield what single updates tell, and what their sum does; of central noise, what the noisy sum does."""
-    rng = derive_rng(config.seed, "audit", "span")
-    steps, public = config.client.num_steps(sent[0][0].num_examples), subject.data.test
+) -> Iterator[tuple[str, int, list[Recovered]]]:
+    """Yield what single updates tell, and what their sum does; of central noise, what the noisy sum does: as what it is
+    seen, of how many, and what is found.
 
-    def audit(seen: str, num: int, found: Sequence[Recovered]) -> UpdateAudit:
-        return UpdateAudit(setting.name, steps, seen, num, first, _mean(found))
+    Raises:
+        EngineError: they are all zero in the layers that are looked at, or cannot be added up.
+    """
+    rng = derive_rng(setting.config.seed, "audit", "span")
 
-    everybody = [row for _, rows in sent for row in rows]
+    def found(update: Mapping[str, Tensor], rank: int, rows: Sequence[EncodedExample]) -> Recovered:
+        views = embeddings.views(update, adapter.cut(rank))
+        if not any(part.any() for _, part in views):
+            raise EngineError(
+                "what is sent is zero in the first layers: from the untrained adapter, whose B is zero, A gets no "
+                "gradient."
+            )
+        return recover(views, rows, subject.data.test, rng)
+
+    updates, everybody = [update for update, _ in sent], [row for _, rows in sent for row in rows]
+    rank = updates[0].update.rank
     mechanism = Mechanism.of(setting.config, len(subject.data.clients))
-    if mechanism is not None:  # noise in shares adds up to the server's
-        mechanism = replace(mechanism, config=mechanism.config.model_copy(update={"mechanism": "central"}))
-        shapes = {name: torch.zeros_like(tensor) for name, tensor in sent[0][0].update.tensors.items()}
-        noise = derive_rng(config.seed, "audit", "sum").standard_normal
-        mean, _ = mechanism.mean(adapter, shapes, (each for each, _ in sent), mechanism.config.clip_norm, noise)
-        found = recover(embeddings.views(mean.update.tensors, adapter), everybody, public, rng)
-        yield audit("the noisy sum", len(sent), [found])
+    if mechanism is None and setting.config.secure_sums is None:
+        yield "one update", 1, [found(each.update.tensors, each.update.rank, rows) for each, rows in sent]
+    if any(each.update.rank != rank for each in updates):
+        raise EngineError("clients gave up different numbers of components: factors of several ranks have no sum.")
+    if mechanism is None:
+        yield "the sum", len(sent), [found(_sum(updates), rank, everybody)]
         return
-    if setting.config.secure_sums is None:
-        each = [recover(embeddings.views(update.update.tensors, adapter), rows, public, rng) for update, rows in sent]
-        yield audit("one update", 1, each)
-    found = recover(embeddings.views(_sum([update for update, _ in sent]), adapter), everybody, public, rng)
-    yield audit("the sum", len(sent), [found])
+    # Noise in shares adds up to the server's; what makes up for lost parties' it adds itself, and sees the sum without.
+    privacy = mechanism.config.model_copy(update={"mechanism": "central"})
+    mechanism = replace(mechanism, config=privacy, variance=1.0)
+    shapes = {name: torch.zeros_like(tensor) for name, tensor in updates[0].update.tensors.items()}
+    noise = derive_rng(setting.config.seed, "audit", "sum").standard_normal
+    mean, _ = mechanism.mean(adapter, shapes, iter(updates), privacy.clip_norm, noise)
+    yield "the noisy sum", len(sent), [found(mean.update.tensors, rank, everybody)]
 
 
 def _sum(updates: Sequence[ClientUpdate]) -> Mapping[str, Tensor]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Mapping
 from typing import TYPE_CHECKING, Any
 
@@ -72,13 +73,13 @@ def _label(audit: Audit, entry: Mapping[str, Any]) -> str:
 
 
 def _found(audit: Audit, setting: str, seen: str, *, one_step: bool = False) -> Mapping[str, Any] | None:
-    """Return what was recovered from the run's last adapter on, of the fewest steps or of the most."""
+    """Return what was recovered from the run's last adapter on, of one plain step or of the local training."""
     found = [
         each
         for each in audit["updates"]
         if (each["setting"], each["seen"], each["first_round"]) == (setting, seen, False)
     ]
-    chosen = [each for each in found if (each["steps"] == 1) == one_step] or found
+    chosen = [each for each in found if each.get("plain", each["steps"] == 1) == one_step] or found
     return chosen[-1]["recovered"] if chosen else None
 
 
@@ -112,12 +113,8 @@ def _sentences(audit: Audit) -> list[tuple[str, str]]:
             said.append((label, f"Who sees nothing else names {both}."))
     members = audit["membership"]
     if members is not None:
-        text = (
-            f"Members are told from others with an AUC of {number(members['auc'])} "
-            f"({interval('auc', members['auc_interval'])}; 0.5 is a guess), {percent(members['true_share'])} of them "
-            f"at 1% false alarms ({interval('exact_match', members['true_share_interval'])})"
-        )
-        if model is not None:
+        text = _members(members)
+        if model is not None and model["exposure"] is not None:
             never = bits(model["exposure"], 0)
             text += (
                 f". With canaries and {audit['rounds']} rounds, one in 16 copies has an exposure of "
@@ -125,6 +122,24 @@ def _sentences(audit: Audit) -> list[tuple[str, str]]:
             )
         said.append(("The final model", f"{text}."))
     return said
+
+
+def _members(members: Mapping[str, Any]) -> str:
+    """Return how well members are told from others, and what that is worth."""
+    text = (
+        f"Members are told from others with an AUC of {number(members['auc'])} "
+        f"({interval('auc', members['auc_interval'])}; 0.5 is a guess), {percent(members['true_share'])} of them "
+        f"at 1% false alarms ({interval('exact_match', members['true_share_interval'])})"
+    )
+    if not members.get("by_category", True):
+        text += ". Clients and held-out rows have no category in common, so rows of all are compared"
+    low, high = members["base_interval"]
+    if not low <= 0.5 <= high:
+        text += (
+            f". That means nothing: the base, which was trained on neither, tells them apart as well (AUC "
+            f"{number(members['base_auc'])}), so held-out rows are of another kind than the clients'"
+        )
+    return text
 
 
 def _named(recovered: Mapping[str, Any]) -> str:
@@ -179,7 +194,8 @@ def roc_figure(audit: Audit) -> Markup | None:
         smallest = 1 / audit["membership"]["num_rows"]
         curves = [("this run's final model", audit["membership"], COLOURS["federated"], "-")]
         styles = zip((COLOURS["local"], COLOURS["central"], COLOURS["personal"]), ("--", "-.", ":"), strict=True)
-        for each, (colour, style) in zip(audit["canaries"][1:], styles, strict=False):
+        others = [each for each in audit["canaries"] if each["setting"] != next(iter(audit["labels"]))]
+        for each, (colour, style) in zip(others, itertools.cycle(styles), strict=False):
             curves.append((_label(audit, each), each["membership"], colour, style))
         for label, found, colour, style in curves:
             points = np.maximum(np.asarray(found["curve"]), smallest)
