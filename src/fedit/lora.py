@@ -114,13 +114,14 @@ class StackedLora(nn.Module):
                 f"Layer {self.name} receives {list(x.shape)}, not all {routing.num_tokens} tokens of a batch: their "
                 "adapters cannot be told apart (an expert layer?). Leave it out of [adapter] target_modules."
             )
-        tokens = x.reshape(-1, self.num_inputs)
         stack = self.lora_A, self.lora_B, self.gradient_A, self.gradient_B
         base = self.base
         if not self.side and not routing.dropout and _is_plain_product(base, x):
+            tokens = x.reshape(-1, self.num_inputs)
             added = _StackedLinear.apply(pieces.split(tokens), base.weight, base.bias, *stack, pieces)
         else:
             output = self._without_adapters(x).view(-1, self.num_outputs)
+            tokens = x.reshape(-1, self.num_inputs)  # after it: the order of the nodes is that of the gradients' sums
             if routing.dropout:
                 tokens = tokens * self._dropout_mask(tokens, routing.dropout)
             added = _StackedProduct.apply(pieces.split(output), pieces.split(tokens), *stack, pieces)
