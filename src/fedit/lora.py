@@ -189,12 +189,7 @@ class _StackedProduct(torch.autograd.Function):
     def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor | None, ...]:
         (of_output,) = gradients
         x, inner, a, b = ctx.saved_tensors
-        into_A, into_B = ctx.into
-        of_inner = of_output @ b
-        if into_A is not None:
-            ctx.pieces.add(of_inner.mT @ x, into_A)
-        if into_B is not None:
-            ctx.pieces.add(of_output.mT @ inner, into_B)
+        of_inner = _into_stacks(ctx, of_output, x, inner, b)
         of_x = of_inner @ a if ctx.needs_input_grad[1] else None
         return of_output, of_x, *[None] * 5
 
@@ -227,15 +222,21 @@ class _StackedLinear(torch.autograd.Function):
     def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor | None, ...]:
         (of_output,) = gradients
         x, inner, a, b, weight = ctx.saved_tensors
-        into_A, into_B = ctx.into
-        of_inner = of_output @ b
-        if into_A is not None:
-            ctx.pieces.add(of_inner.mT @ x, into_A)
-        if into_B is not None:
-            ctx.pieces.add(of_output.mT @ inner, into_B)
+        of_inner = _into_stacks(ctx, of_output, x, inner, b)
         of_x = _add_product(of_output @ weight, of_inner, a) if ctx.needs_input_grad[0] else None
         return of_x, *[None] * 7
 
 
 def _add_product(into: Tensor, left: Tensor, right: Tensor) -> Tensor:
     return into.addmm_(left, right) if into.dim() == 2 else into.baddbmm_(left, right)
+
+
+def _into_stacks(ctx: Any, of_output: Tensor, x: Tensor, inner: Tensor, b: Tensor) -> Tensor:
+    """Add the gradients of A and B to where they belong; return that of A x."""
+    into_A, into_B = ctx.into
+    of_inner = of_output @ b
+    if into_A is not None:
+        ctx.pieces.add(of_inner.mT @ x, into_A)
+    if into_B is not None:
+        ctx.pieces.add(of_output.mT @ inner, into_B)
+    return of_inner

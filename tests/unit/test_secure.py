@@ -324,6 +324,17 @@ def test_below_the_threshold_there_is_no_sum(exchange: str) -> None:
         run(parties(), six(ENCODING), {"site-1": exchange, "site-4": exchange})
 
 
+def record(party: Party, payloads: list[bytes]) -> None:
+    """Keep what a party sends as its masked sum."""
+    masked = party.masked
+
+    def keep(*arguments: Any) -> bytes:
+        payloads.append(masked(*arguments))
+        return payloads[-1]
+
+    vars(party)["masked"] = keep
+
+
 def test_what_leaves_a_party_says_nothing_of_its_sum() -> None:
     """Masked sums of zeros and of anything look the same: all bytes equally often, another time each."""
     seen = []
@@ -331,8 +342,7 @@ def test_what_leaves_a_party_says_nothing_of_its_sum() -> None:
         sums = {name: party_sum(ENCODING, update(name, seed, scale)) for seed, name in enumerate(NAMES)}
         payloads: list[bytes] = []
         members = parties()
-        masked = members["site-0"].masked
-        members["site-0"].masked = lambda *a, m=masked, p=payloads: p.append(m(*a)) or p[-1]  # type: ignore[method-assign]
+        record(members["site-0"], payloads)
         run(members, sums)
         seen.append(np.frombuffer(payloads[0], np.uint8))
     for payload in seen:
@@ -506,31 +516,27 @@ def test_words_that_cannot_be_read_are_refused() -> None:
             members["site-0"].answer({"session": "5e55", **words})
 
 
+def lie(party: Party, exchange: str, change: Callable[[Words], Any]) -> None:
+    """Let a party change what it answers to an exchange."""
+    answer = party.answer
+    vars(party)["answer"] = lambda words: change(answer(words)) if words["exchange"] == exchange else answer(words)
+
+
+def another_share(told: Words) -> Words:
+    return {**told, "seeds": {**told["seeds"], "site-4": "00" * 33}}
+
+
 def test_wrong_shares_of_one_party_are_left_out() -> None:
     """A party that lies about its shares does not spoil the sum, as long as enough others are there."""
     members = parties()
-    answer = members["site-2"].answer
-
-    def lie(words: Words) -> Words:
-        told = answer(words)
-        if words["exchange"] == "unmask":
-            told = {**told, "seeds": {**told["seeds"], "site-4": "00" * 33}}
-        return told
-
-    members["site-2"].answer = lie  # type: ignore[method-assign]
+    lie(members["site-2"], "unmask", another_share)
     _, numbers, _ = run(members, six(ENCODING))
     assert np.array_equal(numbers, plain(six(ENCODING))[1])
 
 
 def test_wrong_shares_of_a_party_that_is_needed_end_the_round() -> None:
     members = parties()
-    answer = members["site-2"].answer
-
-    def lie(words: Words) -> Words:
-        told = answer(words)
-        return {**told, "seeds": {**told["seeds"], "site-4": "00" * 33}} if words["exchange"] == "unmask" else told
-
-    members["site-2"].answer = lie  # type: ignore[method-assign]
+    lie(members["site-2"], "unmask", another_share)
     with pytest.raises(RoundError, match="the shares of a secret of site-4 do not fit"):
         run(members, six(ENCODING), {"site-5": "unmask"})
 
@@ -546,8 +552,7 @@ NONSENSE: list[Any] = [
 @pytest.mark.parametrize("nonsense", NONSENSE, ids=str)
 def test_a_party_that_answers_nonsense_is_lost_and_nobody_else(exchange: str, nonsense: Any) -> None:
     members = parties()
-    answer = members["site-2"].answer
-    members["site-2"].answer = lambda words: nonsense if words["exchange"] == exchange else answer(words)  # type: ignore[method-assign]
+    lie(members["site-2"], exchange, lambda told: nonsense)
     _, numbers, _ = run(members, six(ENCODING))
     expected = six(ENCODING)
     if exchange in ("keys", "shares"):
