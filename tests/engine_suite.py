@@ -776,5 +776,8 @@ def test_noise_in_shares_at_real_sites(recipe: Path, sites: Sites) -> None:
 def test_with_noise_a_client_that_fails_is_there_with_nothing(recipe: Path, sites: Sites) -> None:
     """That its training broke may depend on its rows: neither the server nor the record hears of it."""
     options = (*HIDDEN, "aggregation.name=fedit", "aggregation.weighting=uniform", "privacy.clip_norm=0.01", "rounds=1")
-    _, (record,) = federate(load(recipe, *options, "client.learning_rate=1e30", "client.clip_norm=none"), sites)
+    breaks = ("client.learning_rate=1e30", "client.clip_norm=none")
+    with pytest.raises(RoundError, match="loss is not finite"):
+        federate(load(recipe, "rounds=1", *breaks), sites)
+    _, (record,) = federate(load(recipe, *options, *breaks), sites)
     assert record.failures == {}
