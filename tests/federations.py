@@ -25,12 +25,12 @@ from fedit.engines.client_store import ClientStore
 from fedit.engines.courier import Courier
 from fedit.engines.remote import Remote
 from fedit.engines.remote_site import Transport
-from fedit.engines.secure import secured
 from fedit.engines.simulation import Simulation
 from fedit.engines.site import Worker
 from fedit.engines.site_folder import SiteFolder
+from fedit.experiment import shown_to_server
 from fedit.federation import expected_of
-from fedit.interfaces import Adapter, Engine, derive_rng
+from fedit.interfaces import Adapter, derive_rng
 from fedit.prepare import prepare_data, prepare_model
 from fedit.server import RoundRecord, ServerState, train
 
@@ -220,7 +220,7 @@ def simulate(config: RunConfig, store: Path) -> Finished:
     records: list[RoundRecord] = []
     state = ServerState(0, prepared.initial)
     noise = lambda round_index: derive_rng(config.seed, "privacy", round_index).standard_normal
-    state = train(config, _shown(config, engine), state, lambda state, record: records.append(record), noise)
+    state = train(config, shown_to_server(config, engine), state, lambda state, record: records.append(record), noise)
     return state.adapter, records
 
 
@@ -231,12 +231,8 @@ def federate(config: RunConfig, sites: Transport, names: Sequence[str] = SITES, 
     engine.join()
     records: list[RoundRecord] = []
     state = ServerState(0, prepared.initial)
-    state = train(config, _shown(config, engine), state, lambda state, record: records.append(record))
+    state = train(config, shown_to_server(config, engine), state, lambda state, record: records.append(record))
     return state.adapter, records
-
-
-def _shown(config: RunConfig, engine: Simulation | Remote) -> Engine:
-    return engine if config.secure_sums is None else secured(config, engine)
 
 
 def load(recipe: Path, *overrides: str) -> RunConfig:

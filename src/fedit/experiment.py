@@ -19,7 +19,7 @@ import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 
@@ -39,6 +39,9 @@ from fedit.prepare import FederatedData, prepare_model
 from fedit.report import RunFolder, write_report
 from fedit.server import RoundRecord, ServerState, train
 from fedit.tuning import TuningTask
+
+if TYPE_CHECKING:
+    from fedit.engines.remote import Remote
 
 # ---------------------------------------------------------------------------------------------------------- events
 
@@ -186,11 +189,11 @@ def _federated(run: _Run) -> tuple[Adapter, dict[str, Adapter]]:
     run.notify(PhaseStarted("federated", round((config.rounds - state.round_index) * per_round)))
     # A simulation repeats itself; a real run's noise comes from the operating system.
     noise = lambda round_index: derive_rng(config.seed, "privacy", round_index).standard_normal
-    adapter = train(config, _shown_to_server(config, engine), state, finish_round, noise).adapter
+    adapter = train(config, shown_to_server(config, engine), state, finish_round, noise).adapter
     return adapter, engine.personal(adapter, config.rounds)
 
 
-def _shown_to_server(config: RunConfig, engine: Simulation) -> Engine:
+def shown_to_server(config: RunConfig, engine: Simulation | Remote) -> Engine:
     """Return what the server sees of the clients: each of them, or sums alone."""
     if config.secure_sums is None:
         return engine

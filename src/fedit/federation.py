@@ -19,10 +19,19 @@ from fedit.cohort import check_clients, most_rounds
 from fedit.config import RunConfig
 from fedit.deployment import FederationConfig, courier_of, read_federation
 from fedit.engines.remote import Remote
-from fedit.experiment import Notify, PhaseStarted, Progressed, RoundFinished, Watch, check_base, describe_run
+from fedit.experiment import (
+    Notify,
+    PhaseStarted,
+    Progressed,
+    RoundFinished,
+    Watch,
+    check_base,
+    describe_run,
+    shown_to_server,
+)
 from fedit.export import save_adapter
 from fedit.files import append_line, keep_lines, write_json, write_secret
-from fedit.interfaces import Engine, EngineError, FeditError
+from fedit.interfaces import EngineError, FeditError
 from fedit.own_privacy import OwnPrivacy
 from fedit.prepare import PreparedModel, prepare_model
 from fedit.privacy import Mechanism
@@ -124,19 +133,10 @@ def _run(
     keep_lines(folder / "timings.jsonl")
     notify(PhaseStarted("sites", config.rounds - state.round_index))
     rounds = _Rounds(config, engine, folder, notify, stopped)
-    state = train(config, _shown_to_server(config, engine), state, rounds.finish)
+    state = train(config, shown_to_server(config, engine), state, rounds.finish)
     save_adapter(state.adapter, config, prepared.model, folder / "adapter")
     write_report(folder)
     return RunFolder.read(folder)
-
-
-def _shown_to_server(config: RunConfig, engine: Remote) -> Engine:
-    """Return what the rounds see of the sites: each client's update, or sums alone."""
-    if config.secure_sums is None:
-        return engine
-    from fedit.engines.secure import secured
-
-    return secured(config, engine)
 
 
 def _with_secret(config: RunConfig, folder: Path) -> RunConfig:
