@@ -30,6 +30,8 @@ if TYPE_CHECKING:
     from torch import Tensor
 
 
+CENTRAL = "central"
+"""The name of the centralised model"""
 SAVE_EVERY_S = 30
 """What a kill can cost of a baseline, in seconds, beside the piece that was being trained."""
 
@@ -67,7 +69,7 @@ def central_task(config: RunConfig, data: FederatedData, initial: Adapter, num_t
     pooled = data.pooled
     steps_per_pass = -(-len(pooled) // config.client.batch_size)
     num_steps = max(1, round(num_tokens / sum(example.num_trained for example in pooled) * steps_per_pass))
-    return TuningTask("central", pooled, initial, 0, num_steps, num_steps, derive_seed(config.seed, "central"))
+    return TuningTask(CENTRAL, pooled, initial, 0, num_steps, num_steps, derive_seed(config.seed, CENTRAL))
 
 
 def train_baseline(
@@ -115,6 +117,34 @@ def saved_tokens(file_stem: Path) -> int:
         with safe_open(path, "pt") as file:
             total += sum(_about(file)["tokens"].values())
     return total
+
+
+def saved_adapters(
+    config: RunConfig, clients: Mapping[str, int], initial: Adapter, folder: Path, wanted: Collection[str]
+) -> dict[str, Adapter]:
+    """Return those of the `wanted` models whose baseline in `folder` is trained to its end, by name.
+
+    `clients` are the run's, with their numbers of rows; `initial` is the untrained adapter that all started from.
+    """
+    start = {LOCAL_PREFIX + client: initial.cut(client_rank(config, clients, client)) for client in clients}
+    start[CENTRAL] = initial
+    found: dict[str, Adapter] = {}
+    for path in sorted(folder.glob("*.safetensors")):
+        with safe_open(path, "pt") as file:
+            about = _about(file)
+            here = [name for name in about["adapters"] if name in wanted and about["num_pieces"] == config.rounds]
+            found |= _adapters(file, {name: start[name] for name in here})
+    return found
+
+
+def trained_baselines(config: RunConfig, folder: Path) -> list[str]:
+    """Return the names of the baselines in `folder` that are trained to their end."""
+    names = []
+    for path in sorted(folder.glob("*.safetensors")):
+        with safe_open(path, "pt") as file:
+            about = _about(file)
+        names += about["adapters"] if about["num_pieces"] == config.rounds else []
+    return names
 
 
 @dataclass(frozen=True, eq=False)
@@ -194,18 +224,23 @@ def _write(path: Path, saved: _Saved, trained: Collection[str]) -> None:
 def _read(path: Path, group: Sequence[TuningTask]) -> _Saved:
     with safe_open(path, "pt") as file:
         about = _about(file)
-        tensors: dict[str, dict[str, Tensor]] = {name: {} for name in about["adapters"]}
-        for key in file.keys():  # noqa: SIM118 (not a dict)
-            model, separator, name = key.removeprefix("adapter/").partition("\x1f")
-            if separator:
-                tensors[model][name] = file.get_tensor(key)
+        started = {task.name: task.adapter for task in group}
+        adapters = _adapters(file, {name: started[name] for name in about["adapters"]})
         moments = {
             name: Moments(file.get_tensor(f"first/{name}"), file.get_tensor(f"second/{name}"), num_steps)
             for name, num_steps in about["steps"].items()
         }
-    started = {task.name: task.adapter for task in group}
-    adapters = {name: started[name].with_tensors({**started[name].tensors, **own}) for name, own in tensors.items()}
     return _Saved(about["num_pieces"], Trained(adapters, about["tokens"], about["failures"]), moments)
+
+
+def _adapters(file: safe_open, start: Mapping[str, Adapter]) -> dict[str, Adapter]:
+    """Return what was saved of the models in `start`, which says what they were before."""
+    tensors: dict[str, dict[str, Tensor]] = {name: {} for name in start}
+    for key in file.keys():  # noqa: SIM118 (not a dict)
+        model, separator, name = key.removeprefix("adapter/").partition("\x1f")
+        if separator and model in tensors:
+            tensors[model][name] = file.get_tensor(key)
+    return {name: start[name].with_tensors({**start[name].tensors, **own}) for name, own in tensors.items()}
 
 
 def _about(file: safe_open) -> dict[str, Any]:

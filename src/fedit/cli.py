@@ -214,12 +214,13 @@ def chat(
     max_new_tokens: int = 256,
 ) -> None:
     """Talk to a run's federated model on the terminal. /new starts over, /quit (or Ctrl-D) ends."""
-    config = _run_config(folder)
     quiet()
     from fedit.chat import Conversation
-    from fedit.report import RunFolder
+    from fedit.run_models import RunModels, own_model
 
-    conversation = Conversation(config, None if base else RunFolder.read(folder).adapter_folder(client), max_new_tokens)
+    name = "base" if base else own_model(folder, client) if client is not None else "federated"
+    models = RunModels.open(folder, [name])
+    conversation = Conversation(models, name, max_new_tokens)
     while True:
         try:
             line = console.input("[bold]> [/bold]").strip()
@@ -231,7 +232,8 @@ def chat(
             conversation.clear()
         elif line:
             try:
-                print(conversation.answer(line), flush=True)
+                *_, text = conversation.answer(line)
+                print(text, flush=True)
             except DataError as error:
                 say(str(error))
 

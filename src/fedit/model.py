@@ -276,6 +276,18 @@ class StackedModel:
             self.scaling[slot] = adapter.scaling
         self.parameters_changed(slice(slot, slot + 1))
 
+    def fill(self, adapters: Sequence[Adapter | None]) -> None:
+        """Let slot i hold the i-th adapter, or nothing: the base itself. What the slots held is gone.
+
+        Raises:
+            EngineError: an adapter does not fit, or their sides differ (None has none).
+        """
+        self.allocate(len(adapters), ())
+        for slot, adapter in enumerate(adapters):
+            self.set_side({} if adapter is None else adapter.side, shared=slot > 0)
+            if adapter is not None:
+                self.write(slot, adapter.plain())
+
     def flat(self, tensors: Mapping[str, Tensor], rank: int) -> Tensor:
         """Return tensors of an adapter of `rank` as one row [d] of `parameters`; what they lack is zero."""
         # Put together where the tensors are, and moved once: a copy to a GPU takes longer than most tensors do.
@@ -312,7 +324,7 @@ class StackedModel:
         """
         self.processed_tokens += batch.input_ids.numel()
         dropout = [(seed, *row) for seed, row in zip(batch.dropout_seeds, batch.rows, strict=False)]
-        self._route(batch.piece_slots, batch.predicting, dropout if self.dropout else (), slot_of_row)
+        self.route(batch.piece_slots, batch.predicting, dropout if self.dropout else (), slot_of_row)
         logits = self.base(
             input_ids=batch.input_ids,
             position_ids=batch.position_ids,
@@ -326,33 +338,12 @@ class StackedModel:
         logits = logits.to(torch.promote_types(logits.dtype, torch.float32))
         return cross_entropy(logits, batch.targets, reduction="none"), batch.target_rows
 
-    @torch.inference_mode()
-    def generate(self, prompts: Sequence[np.ndarray], slots: Sequence[int], max_new_tokens: int) -> list[str]:
-        """Return the greedy continuation of each prompt (int32 ids) under its row's slot.
-
-        It ends at EOS, after `max_new_tokens`, or where the longest prompt of the batch reaches the model's context: no
-        prompt without room for `max_new_tokens` should share a batch with shorter ones.
-        """
-        length = max(len(prompt) for prompt in prompts)
-        input_ids = torch.zeros(len(prompts), length, dtype=torch.int64)
-        attention_mask = torch.zeros_like(input_ids)
-        for row, prompt in enumerate(prompts):
-            input_ids[row, length - len(prompt) :] = torch.from_numpy(prompt.astype(np.int64))
-            attention_mask[row, length - len(prompt) :] = 1
-        self._route(slots)
-        output = self.base.generate(  # pyright: ignore[reportCallIssue] (torch's __getattr__ hides the mixin)
-            input_ids=input_ids.to(self.device),
-            attention_mask=attention_mask.to(self.device),
-            max_new_tokens=max(1, int(min(max_new_tokens, self.room(length)))),
-        )
-        return self.tokenizer.batch_decode(output[:, length:], skip_special_tokens=True)
-
     def room(self, length: int) -> float:
         """Return how many tokens the model's context leaves after `length` of them; infinity where it has no limit."""
         context = getattr(self.base.config, "max_position_embeddings", None)
         return math.inf if context is None else context - length
 
-    def _route(
+    def route(
         self,
         piece_slots: Sequence[int],
         head_positions: Tensor | None = None,

@@ -23,11 +23,13 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from fedit import cli
 from fedit.base import load_base, load_tokenizer
-from fedit.chat import load_adapter
 from fedit.config import RunConfig, load_config, load_plugins, parse_config
+from fedit.export import load_adapter
+from fedit.generation import generate
 from fedit.interfaces import plugins
 from fedit.model import StackedModel
 from fedit.prepare import FederatedData, prepare_data
+from fedit.run_models import RunModels
 
 load_plugins()
 
@@ -277,7 +279,7 @@ def test_adapter_and_merged_model_load_elsewhere_and_answer_alike(fedit, recipe,
     tokenizer = load_tokenizer(str(tiny_model_folder))
     ours = StackedModel(load_base(config.model, torch.device("cpu")), tokenizer, config.adapter)
     ours.write(0, load_adapter(run / "adapter", config))
-    expected = ours.generate(prompt_ids(tokenizer), [0] * len(PROMPTS), 12)
+    expected = generate(ours, prompt_ids(tokenizer), [0] * len(PROMPTS), 12)
 
     base = AutoModelForCausalLM.from_pretrained(tiny_model_folder, dtype=torch.float32).eval()
     untuned = generated(base, tokenizer)
@@ -380,16 +382,16 @@ def test_chat(fedit, finished, monkeypatch) -> None:
 
 def test_chat_remembers_the_turns(fedit, finished, monkeypatch) -> None:
     prompts: list[np.ndarray] = []
-    answered = StackedModel.generate
+    prompt = RunModels.prompt
 
-    def generate(self: StackedModel, prompt: Sequence[np.ndarray], *arguments: Any) -> list[str]:
-        prompts.extend(prompt)
-        return answered(self, prompt, *arguments)
+    def noted(self: RunModels, *arguments: Any) -> np.ndarray:
+        prompts.append(prompt(self, *arguments))
+        return prompts[-1]
 
-    monkeypatch.setattr(StackedModel, "generate", generate)
+    monkeypatch.setattr(RunModels, "prompt", noted)
     typed(monkeypatch, ["ab 1?", "why?", "/new", "ab 1?"])
     assert fedit("chat", finished, "--max-new-tokens", "5").status == 0
-    first, second, third = (prompt.tolist() for prompt in prompts)
+    first, second, third = (ids.tolist() for ids in prompts)
     assert len(second) > len(first) == len(third)
     assert first == third
 

@@ -14,6 +14,7 @@ import torch
 
 from fedit.evaluation.checks import exact_match, passes
 from fedit.evaluation.metrics import Prediction, rouge_l
+from fedit.generation import generate
 from fedit.interfaces import Adapter, EncodedExample
 from fedit.model import StackedModel
 
@@ -46,7 +47,7 @@ def predict(
     group finished.
     """
     num_slots = min(NUM_SLOTS, 2 * model.max_slots)
-    for group in _groups(adapters, num_slots):
+    for group in together(adapters, num_slots):
         stacked = [adapters[name] for name in group]
         losses = response_losses(model, stacked, examples)
         answers = generate_answers(model, stacked, examples, max_new_tokens) if max_new_tokens else None
@@ -72,7 +73,7 @@ def preference_accuracy(
     """
     base = np.asarray([row.reference_margin for row in examples])
     accuracies = {}
-    for group in _groups(adapters, min(NUM_SLOTS, 2 * model.max_slots)):
+    for group in together(adapters, min(NUM_SLOTS, 2 * model.max_slots)):
         margins = _margins(model, [adapters[name] for name in group], examples)
         for name, own in zip(group, margins, strict=True):
             better = np.where(np.isclose(own, base, rtol=1e-6), 0.5, own > base)
@@ -86,7 +87,7 @@ def _margins(model: StackedModel, adapters: Sequence[Adapter | None], examples: 
     return response_losses(model, adapters, rejected) - response_losses(model, adapters, examples)
 
 
-def _groups(adapters: Mapping[str, Adapter | None], size: int) -> Iterator[list[str]]:
+def together(adapters: Mapping[str, Adapter | None], size: int) -> Iterator[list[str]]:
     """Yield the names of models that can share a pass through the base: `size` at most, with the same side."""
     by_side: dict[int, list[str]] = {}
     for name, adapter in adapters.items():
@@ -100,7 +101,7 @@ def response_losses(
     model: StackedModel, adapters: Sequence[Adapter | None], examples: Sequence[EncodedExample]
 ) -> np.ndarray:
     """Return the summed negative log-likelihood (nats) of each row's response tokens, float64 [models, rows]."""
-    _fill(model, adapters)
+    model.fill(adapters)
     pairs = [(slot, row) for slot in range(len(adapters)) for row in range(len(examples))]
     losses = np.zeros((len(adapters), len(examples)))
     inputs = [examples[row] for _, row in pairs]
@@ -118,7 +119,7 @@ def generate_answers(
     model: StackedModel, adapters: Sequence[Adapter | None], examples: Sequence[EncodedExample], max_new_tokens: int
 ) -> list[list[str]]:
     """Return each model's greedy answer to each row, [models][rows]."""
-    _fill(model, adapters)
+    model.fill(adapters)
     prompts = [example.prompt_ids for example in examples]
     pairs = [(slot, row) for slot in range(len(adapters)) for row in range(len(examples))]
     limit = GENERATED_TOKENS.get(model.device.type, GENERATED_TOKENS["cuda"])
@@ -137,18 +138,10 @@ def generate_answers(
         while waiting:
             count = max(1, limit // (len(prompts[waiting[-1][1]]) + max_new_tokens))
             batch, waiting = waiting[-count:], waiting[:-count]
-            texts = model.generate([prompts[row] for _, row in batch], [slot for slot, _ in batch], max_new_tokens)
+            texts = generate(model, [prompts[row] for _, row in batch], [slot for slot, _ in batch], max_new_tokens)
             for (slot, row), text in zip(batch, texts, strict=True):
                 answers[slot][row] = text.strip()
     return answers
-
-
-def _fill(model: StackedModel, adapters: Sequence[Adapter | None]) -> None:
-    model.allocate(len(adapters), ())
-    for slot, adapter in enumerate(adapters):
-        model.set_side({} if adapter is None else adapter.side, shared=slot > 0)
-        if adapter is not None:
-            model.write(slot, adapter.plain())
 
 
 def _prediction(model: str, index: int, encoded: EncodedExample, answer: str | None, nll: float) -> Prediction:

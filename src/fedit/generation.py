@@ -1,0 +1,167 @@
+"""Text from the stacked model: prompts of several adapters are continued together, at once or bit by bit."""
+
+from __future__ import annotations
+
+import queue
+import threading
+from collections.abc import Generator, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+from transformers import StoppingCriteria, StoppingCriteriaList
+from transformers.generation.streamers import BaseStreamer
+
+from fedit.interfaces import ConfigError
+from fedit.model import StackedModel
+
+
+@dataclass(frozen=True, slots=True)
+class Sampling:
+    """How the next token is chosen: the likeliest, or drawn."""
+
+    temperature: float = 0.0
+    """0: the likeliest (greedy). Else logits are divided by it, and the token is drawn."""
+    top_p: float = 1.0
+    """Draw from the fewest tokens that together have this probability (nucleus sampling, 1904.09751)."""
+    seed: int | None = None
+    """Of the draws; None: others every time. Rows of one call share the draws' stream."""
+
+    def __post_init__(self) -> None:
+        if not 0 <= self.temperature <= 10:
+            raise ConfigError(f"temperature = {self.temperature}: expected a number from 0 (greedy) to 10.")
+        if not 0 < self.top_p <= 1:
+            raise ConfigError(f"top_p = {self.top_p}: expected a number above 0, up to 1 (all tokens).")
+
+    def options(self) -> dict[str, Any]:
+        """Return what transformers' `generate` is told."""
+        if self.temperature == 0:
+            return {"do_sample": False}
+        # top_k has a default of 50 there.
+        return {"do_sample": True, "temperature": self.temperature, "top_p": self.top_p, "top_k": 0}
+
+
+GREEDY = Sampling()
+UNFINISHED = "\N{REPLACEMENT CHARACTER}"
+"""What bytes that are no whole character are decoded to"""
+
+
+def generate(
+    model: StackedModel,
+    prompts: Sequence[np.ndarray],
+    slots: Sequence[int],
+    max_new_tokens: int,
+    sampling: Sampling = GREEDY,
+) -> list[str]:
+    """Return the continuation of each prompt (int32 ids) under its row's slot.
+
+    It ends at EOS, after `max_new_tokens`, or where the longest prompt of the batch reaches the model's context: no
+    prompt without room for `max_new_tokens` should share a batch with shorter ones.
+    """
+    return model.tokenizer.batch_decode(
+        _continue(model, prompts, slots, max_new_tokens, sampling), skip_special_tokens=True
+    )
+
+
+def stream(
+    model: StackedModel,
+    prompts: Sequence[np.ndarray],
+    slots: Sequence[int],
+    max_new_tokens: int,
+    sampling: Sampling = GREEDY,
+) -> Generator[list[str]]:
+    """Yield the continuations so far, after each token; the last are those of `generate`.
+
+    A character whose bytes are not complete is left out until they are. Closing the iterator ends the work.
+    """
+    tokens: queue.SimpleQueue[list[int] | None] = queue.SimpleQueue()
+    stopped = threading.Event()
+
+    def work() -> None:
+        try:
+            _continue(model, prompts, slots, max_new_tokens, sampling, _Tokens(tokens), _Stopped(stopped))
+        finally:
+            tokens.put(None)
+
+    rows: list[list[int]] = [[] for _ in prompts]
+    texts = [""] * len(prompts)
+    with ThreadPoolExecutor(1) as pool:
+        finished = pool.submit(work)
+        try:
+            while (step := tokens.get()) is not None:
+                for row, token in zip(rows, step, strict=True):
+                    row.append(token)
+                decoded = model.tokenizer.batch_decode(rows, skip_special_tokens=True)
+                texts = [
+                    before if now.endswith(UNFINISHED) else now for now, before in zip(decoded, texts, strict=True)
+                ]
+                yield texts
+            finished.result()
+            if texts != (whole := model.tokenizer.batch_decode(rows, skip_special_tokens=True)):
+                yield whole
+        finally:
+            stopped.set()
+
+
+@torch.inference_mode()
+def _continue(
+    model: StackedModel,
+    prompts: Sequence[np.ndarray],
+    slots: Sequence[int],
+    max_new_tokens: int,
+    sampling: Sampling,
+    streamer: BaseStreamer | None = None,
+    stopped: StoppingCriteria | None = None,
+) -> Tensor:
+    """Return the ids that follow each prompt, int64 [prompts, T]."""
+    length = max(len(prompt) for prompt in prompts)
+    input_ids = torch.zeros(len(prompts), length, dtype=torch.int64)
+    attention_mask = torch.zeros_like(input_ids)
+    for row, prompt in enumerate(prompts):
+        input_ids[row, length - len(prompt) :] = torch.from_numpy(prompt.astype(np.int64))
+        attention_mask[row, length - len(prompt) :] = 1
+    model.route(slots)
+    devices = [model.device] if model.device.type == "cuda" else []
+    with torch.random.fork_rng(devices):
+        if sampling.temperature and sampling.seed is None:
+            torch.seed()
+        elif sampling.seed is not None:
+            torch.manual_seed(sampling.seed)
+        output = model.base.generate(  # pyright: ignore[reportCallIssue] (torch's __getattr__ hides the mixin)
+            input_ids=input_ids.to(model.device),
+            attention_mask=attention_mask.to(model.device),
+            max_new_tokens=max(1, int(min(max_new_tokens, model.room(length)))),
+            streamer=streamer,
+            stopping_criteria=None if stopped is None else StoppingCriteriaList([stopped]),
+            **sampling.options(),
+        )
+    return output[:, length:]
+
+
+class _Tokens(BaseStreamer):
+    """Puts the tokens of all rows into a queue, step by step."""
+
+    def __init__(self, tokens: queue.SimpleQueue[Any]) -> None:
+        self._tokens = tokens
+        self._has_prompt = False
+
+    def put(self, value: Tensor) -> None:
+        if self._has_prompt:
+            self._tokens.put(value.tolist())
+        self._has_prompt = True
+
+    def end(self) -> None:
+        """Nothing is left to say: the queue's end is put when `generate` has returned."""
+
+
+class _Stopped(StoppingCriteria):
+    """Ends all rows once nobody reads them any more."""
+
+    def __init__(self, stopped: threading.Event) -> None:
+        self._stopped = stopped
+
+    def __call__(self, input_ids: Any, scores: Any, **options: Any) -> Any:
+        return torch.full((len(input_ids),), self._stopped.is_set(), dtype=torch.bool, device=input_ids.device)

@@ -1,0 +1,183 @@
+"""The models of a finished run, by name: the base, every client alone, centralised, federated."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import TYPE_CHECKING
+from urllib.parse import unquote
+
+from fedit.baselines import CENTRAL, saved_adapters, trained_baselines
+from fedit.config import RunConfig, load_plugins, parse_config
+from fedit.data import encode_prompt
+from fedit.evaluation.heldout import together
+from fedit.evaluation.metrics import FEDERATED_PREFIX, LOCAL_PREFIX, PERSONAL_PREFIX
+from fedit.export import load_adapter
+from fedit.files import folder_name
+from fedit.generation import GREEDY, Sampling, stream
+from fedit.interfaces import Adapter, ConfigError, DataError, EngineError, Example, did_you_mean
+from fedit.model import StackedModel
+from fedit.prepare import prepare_model
+from fedit.report import RunFolder
+
+if TYPE_CHECKING:
+    import numpy as np
+
+BASE, FEDERATED, LOCAL = "base", "federated", "local"
+
+
+def model_names(folder: Path) -> list[str]:
+    """Return the models of the run in `folder` that can be opened, in the order of its report: ``base``,
+    ``local/<client>``, ``central``, ``federated``; ``federated/<client>`` or ``personal/<client>``, where the run left
+    each client its own.
+
+    Raises:
+        ConfigError: `folder` is no run, or its rounds are not done.
+    """
+    run, config = _described(folder)
+    baselines = trained_baselines(config, folder / "baselines")
+    own = sorted(unquote(item.name) for item in (folder / "adapters").glob("*"))
+    prefix = PERSONAL_PREFIX if (folder / "adapter").is_dir() else FEDERATED_PREFIX
+    local = [name for name in baselines if name.startswith(LOCAL_PREFIX)]
+    central = [CENTRAL] if CENTRAL in baselines else []
+    federated = [FEDERATED] if (folder / "adapter").is_dir() else []
+    names = [BASE, *local, *central, *federated, *(prefix + client for client in own)]
+    if not federated and not own:
+        raise ConfigError(
+            f"{folder} has no model yet: {len(run.rounds)} of {config.rounds} rounds are done. Finish it with "
+            f"`fedit run --resume {folder}`."
+        )
+    return names
+
+
+def resolve_names(folder: Path, wanted: Sequence[str]) -> list[str]:
+    """Return the names of models, ``local`` being the median client's local-only model, by response loss.
+
+    Raises:
+        ConfigError: as `model_names`; the run has no such model.
+    """
+    known = model_names(folder)
+    names = []
+    for name in wanted:
+        exact = (_median_local(folder) or name) if name == LOCAL else name
+        if exact not in known:
+            raise ConfigError(f"{folder} has no model {name!r}. {_what_it_has(name, known)}")
+        names.append(exact)
+    return list(dict.fromkeys(names))
+
+
+def own_model(folder: Path, client: str) -> str:
+    """Return the name of a client's own model, where the run left each client one.
+
+    Raises:
+        ConfigError: it did not, or there is no such client.
+    """
+    known = model_names(folder)
+    name = next((prefix + client for prefix in (FEDERATED_PREFIX, PERSONAL_PREFIX) if prefix + client in known), None)
+    if name is None:
+        own = [name.partition("/")[2] for name in known if name.startswith((FEDERATED_PREFIX, PERSONAL_PREFIX))]
+        what = f"a model for each client. {did_you_mean(client, own)}" if own else "one model for all clients"
+        raise ConfigError(f"--client {client}: {folder} holds {what}")
+    return name
+
+
+@dataclass(frozen=True, eq=False)
+class RunModels:
+    """Models of one run on its resident base, to be asked together."""
+
+    config: RunConfig
+    model: StackedModel
+    adapters: Mapping[str, Adapter | None]
+    """By name; None: the base itself"""
+
+    @classmethod
+    def open(cls, folder: Path, wanted: Sequence[str] = (FEDERATED,)) -> RunModels:
+        """Load the base of the run in `folder` and the adapters of the `wanted` models (`resolve_names`).
+
+        Raises:
+            ConfigError: as `resolve_names`.
+            EngineError: the base cannot be loaded, or is another than the run's.
+        """
+        names = resolve_names(folder, wanted)
+        run, config = _described(folder)
+        prepared = prepare_model(config)
+        expected = run.config["model"]["weights_sha256"]
+        if prepared.weights_sha256 != expected:
+            raise EngineError(
+                f"{folder} was run on another base: the weights of [model] path = {config.model.path!r} are "
+                f"{prepared.weights_sha256[:12]}... here, expected {expected[:12]}... Restore the model."
+            )
+        clients = {client: holding["rows"] for client, holding in run.partition.get("clients", {}).items()}
+        adapters = saved_adapters(config, clients, prepared.initial, folder / "baselines", names)
+        found: dict[str, Adapter | None] = {BASE: None, **adapters}
+        for name in names:
+            if name not in found:
+                kind, _, client = name.partition("/")
+                assert kind in {"federated", "personal"}
+                place = folder / "adapters" / folder_name(client) if client else folder / "adapter"
+                found[name] = load_adapter(place, config)
+        return cls(config, prepared.model, {name: found[name] for name in names})
+
+    def answer(
+        self, conversations: Mapping[str, Example], max_new_tokens: int, sampling: Sampling = GREEDY
+    ) -> Iterator[dict[str, str]]:
+        """Yield, by model, the answer so far to its conversation, whose last response is empty.
+
+        Models that can share a pass through the base answer together, the others after them. Where the context would
+        leave no room for an answer, the oldest turns are not shown.
+
+        Raises:
+            DataError: a last question alone is too long.
+        """
+        prompts = {name: self.prompt(conversation, max_new_tokens) for name, conversation in conversations.items()}
+        asked = {name: self.adapters[name] for name in conversations}
+        answers = dict.fromkeys(conversations, "")
+        for names in together(asked, len(asked)):
+            self.model.fill([asked[name] for name in names])
+            slots = range(len(names))
+            for texts in stream(self.model, [prompts[name] for name in names], slots, max_new_tokens, sampling):
+                answers |= {name: text.strip() for name, text in zip(names, texts, strict=True)}
+                yield dict(answers)
+
+    def prompt(self, conversation: Example, max_new_tokens: int) -> np.ndarray:
+        """Return the ids (int32 [T]) that ask for the last response of a conversation.
+
+        The oldest turns are left out while fewer than `max_new_tokens`, and a quarter of the context, are left.
+
+        Raises:
+            DataError: the last question alone is too long.
+        """
+        while True:
+            prompt = encode_prompt(conversation, self.config.data.template, self.model.tokenizer)
+            context = len(prompt) + self.model.room(len(prompt))
+            if len(prompt) + min(max_new_tokens, context / 4) <= context:
+                return prompt
+            if len(conversation.turns) == 1:
+                raise DataError(f"The question has {len(prompt)} tokens; the model's context is {context}. Shorten it.")
+            conversation = replace(conversation, turns=conversation.turns[1:])
+
+
+def _described(folder: Path) -> tuple[RunFolder, RunConfig]:
+    run = RunFolder.read(folder)
+    if "weights_sha256" not in run.config.get("model", {}):
+        raise ConfigError(
+            f"{folder} was written by an older version of fedit, which cannot be read any more. Run it again."
+        )
+    load_plugins([Path(file) for file in run.config.get("plugin_files", [])])
+    return run, parse_config(run.run)
+
+
+def _median_local(folder: Path) -> str | None:
+    per_client = RunFolder.read(folder).evaluation.get("models", {}).get(LOCAL, {}).get("per_client", {})
+    losses = {client: own["response_loss"]["all"] for client, own in per_client.items()}
+    by_loss = sorted(losses, key=lambda client: math.inf if losses[client] is None else losses[client])
+    return LOCAL_PREFIX + by_loss[(len(by_loss) - 1) // 2] if by_loss else None
+
+
+def _what_it_has(name: str, known: Sequence[str]) -> str:
+    is_baseline = name.partition("/")[0] in {LOCAL, CENTRAL}
+    if is_baseline and not any(other.startswith(LOCAL_PREFIX) for other in known):
+        return "It was run without baselines (evaluation.baselines = false)."
+    return did_you_mean(name, known)
