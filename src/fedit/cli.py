@@ -144,6 +144,7 @@ def study(
     file: str,
     /,
     *,
+    recipe: Annotated[str | None, Parameter(help="In place of the study's own recipe")] = None,
     override: Overrides = None,
     plugin: PluginFiles = None,
     out: Annotated[Path | None, Parameter(help="The study's folder; by default studies/FILE")] = None,
@@ -159,6 +160,8 @@ def study(
     from fedit.study import load_study, measure, plan, run_study, table
 
     grid = load_study(file)
+    if recipe is not None:
+        grid = grid.model_copy(update={"recipe": recipe})
     folder = out or Path("studies") / Path(file).stem
     runs = plan(grid, folder, override or [], plugin or [])
     try:

@@ -235,12 +235,36 @@ def _evaluate(run: _Run, trained: Trained) -> None:
     evaluation = summarise(predictions, trained.tokens, run.config.seed)
     if run.config.objective.preferences:
         evaluation["preference_accuracy"] = preference_accuracy(run.model, models, run.data.test)
+    evaluation |= _unseen(run, models, predictions, trained.tokens)
     if run.data.probes:
         evaluation["attack"] = _attack_success(run, models)
     if trained.failures:
         evaluation["failures"] = dict(trained.failures)
     write_json(run.folder / "evaluation.json", evaluation)
     run.append_timing({"phase": "evaluation", **watch.lap(0)})
+
+
+def _unseen(
+    run: _Run,
+    models: Mapping[str, Adapter | None],
+    predictions: Mapping[str, Sequence[Prediction]],
+    tokens: Mapping[str, int],
+) -> dict[str, Any]:
+    """Return the same measures on what no model was trained on: rows of other clients, by client, and of other
+    categories.
+    """
+    found, seed = {}, run.config.seed
+    if run.data.unseen:
+        rows = [row for own in run.data.unseen.values() for row in own]
+        owners = [client for client, own in run.data.unseen.items() for _ in own]
+        by_model: dict[str, list[Prediction]] = {name: [] for name in models}
+        for each in predict(run.model, models, rows, run.config.evaluation.max_new_tokens):
+            by_model[each.model].append(replace(each, category=owners[each.index]))
+        found["unseen_clients"] = summarise(by_model, tokens, seed)
+    if categories := run.config.evaluation.unseen_categories:
+        chosen = {name: [row for row in rows if row.category in categories] for name, rows in predictions.items()}
+        found["unseen_categories"] = summarise(chosen, tokens, seed)
+    return found
 
 
 def _attack_success(run: _Run, models: Mapping[str, Adapter | None]) -> dict[str, Any]:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import hashlib
 import json
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import asdict, dataclass, replace
+from dataclasses import asdict, dataclass, field, replace
 from typing import TYPE_CHECKING, Any
 
 from fedit.base import context_length, load_base, load_tokenizer, resolve_device, tokenizer_digest, weights_digest
@@ -15,7 +15,7 @@ from fedit.data import EncodingReport, encode_all, load_examples
 from fedit.data.cleaning import Cleaned, clean
 from fedit.evaluation.checks import passes
 from fedit.evaluation.heldout import with_reference_margins
-from fedit.interfaces import Adapter, ConfigError, DataError, EncodedExample, Example, derive_rng
+from fedit.interfaces import Adapter, ConfigError, DataError, EncodedExample, Example, derive_rng, did_you_mean
 from fedit.memory import fit_memory
 from fedit.model import StackedModel
 from fedit.own_privacy import OwnPrivacy
@@ -23,7 +23,12 @@ from fedit.partition import partition_statistics
 from fedit.privacy import Mechanism
 
 if TYPE_CHECKING:
+    import numpy as np
     from transformers import PreTrainedTokenizerBase
+
+
+UNSEEN_ROWS = 20
+"""Of a client that never takes part, measured at most"""
 
 
 @dataclass(frozen=True, eq=False)
@@ -35,6 +40,8 @@ class FederatedData:
     summary: Mapping[str, Any]
     probes: Sequence[EncodedExample] = ()
     """Held-out rows with the response that an attack wants."""
+    unseen: Mapping[str, Sequence[EncodedExample]] = field(default_factory=dict)
+    """Rows of clients that never take part, which are measured only."""
 
     @property
     def pooled(self) -> list[EncodedExample]:
@@ -54,6 +61,8 @@ def prepare_data(config: RunConfig) -> FederatedData:
     tokenizer = load_tokenizer(config.model.path)
     named, left = ({example.client for example in examples} for examples in (cleaned.train, [r.example for r in rows]))
     owners = config.partition.split([row.example for row in rows], derive_rng(config.seed, "partition"))
+    unseen = _unseen_clients(config, rows, owners)
+    owners = {client: indices for client, indices in owners.items() if client not in unseen}
     clients = {client: [rows[index] for index in indices] for client, indices in owners.items()}
     malicious = [] if config.attack is None else config.attack.malicious(list(clients), config.seed)
     for client in malicious:
@@ -67,6 +76,12 @@ def prepare_data(config: RunConfig) -> FederatedData:
         summary["clients"][client]["tokens"] = sum(example.num_trained for example in examples)
     categories = [example.example.category for example in test]
     summary["test"] = {category: categories.count(category) for category in dict.fromkeys(categories)}
+    for category in config.evaluation.unseen_categories:
+        if category not in summary["test"]:
+            raise ConfigError(
+                f"[evaluation] unseen_categories: no held-out row has the category {category!r}. "
+                f"{did_you_mean(category, summary['test'])}"
+            )
     if "all" in summary["test"]:
         raise DataError("A category is named 'all', which stands for the whole test set. Rename it in the data.")
     summary["cleaning"] = cleaned.summary
@@ -77,8 +92,29 @@ def prepare_data(config: RunConfig) -> FederatedData:
         summary["malicious"] = malicious
     if config.privacy is not None:
         summary["privacy"] = _statement(config, sizes)
-    summary["fingerprint"] = _fingerprint({**clients, "\x1ftest": test})
-    return FederatedData(clients, test, summary, _probes(config, test, tokenizer))
+    measured = {f"\x1funseen/{client}": own for client, own in unseen.items()}
+    summary["fingerprint"] = _fingerprint({**clients, "\x1ftest": test, **measured})
+    if unseen:
+        summary["unseen_clients"] = {client: len(own) for client, own in unseen.items()}
+    return FederatedData(clients, test, summary, _probes(config, test, tokenizer), unseen)
+
+
+def _unseen_clients(
+    config: RunConfig, rows: Sequence[EncodedExample], owners: Mapping[str, np.ndarray]
+) -> dict[str, list[EncodedExample]]:
+    """Return the clients that never take part, in client order, with those of their rows that are measured."""
+    share, names = config.evaluation.unseen_clients, list(owners)
+    count = round(share * len(names))
+    if share and not 0 < count < len(names):
+        what = "nobody" if not count else "everybody"
+        raise ConfigError(f"[evaluation] unseen_clients = {share} of {len(names)} clients is {what}. Change it.")
+    rng = derive_rng(config.seed, "unseen")
+    drawn = {names[index] for index in rng.choice(len(names), count, replace=False).tolist()}
+    return {
+        client: [rows[index] for index in sorted(rng.permutation(owners[client])[:UNSEEN_ROWS].tolist())]
+        for client in names
+        if client in drawn
+    }
 
 
 def _statement(config: RunConfig, sizes: Mapping[str, int]) -> dict[str, Any]:
@@ -117,7 +153,11 @@ def _encoded(
             f"{config.model.path!r}. Lower it: -o data.max_length={context}."
         )
     tokenizer = load_tokenizer(config.model.path)
-    cleaned = clean(*load_examples(config.data, config.seed), config.data)
+    train, held_out = load_examples(config.data, config.seed)
+    seen = [example for example in train if example.category not in config.evaluation.unseen_categories]
+    if not seen:
+        raise ConfigError("[evaluation] unseen_categories are all categories: no row is left to train on. Name fewer.")
+    cleaned = clean(seen, held_out, config.data)
     pairs = config.objective.preferences
     rows, train_report = encode_all(cleaned.train, config.data, tokenizer, pairs=pairs)
     test, test_report = encode_all(cleaned.test, config.data, tokenizer, pairs=pairs)

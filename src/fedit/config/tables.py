@@ -295,6 +295,11 @@ class EvaluationConfig(Table):
     """Train and evaluate local-only and centralised models at the same token budget."""
     max_new_tokens: int = Field(default=64, ge=0)
     """Of a generated answer; 0: measure losses only."""
+    unseen_clients: float = Field(default=0.0, ge=0, lt=1)
+    """The share of the clients, drawn from the seed, that no model of the run is trained on; all models are measured on
+    up to 20 rows of each."""
+    unseen_categories: tuple[str, ...] = ()
+    """Categories whose rows no model of the run is trained on, and all models are measured on."""
 
 
 class EngineConfig(Table):

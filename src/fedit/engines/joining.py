@@ -71,6 +71,8 @@ def join_run(
         )
     if described.attack is not None:
         raise RefusalError("[attack] is for simulations: clients of a real federation act for themselves")
+    if described.evaluation.unseen_clients:
+        raise RefusalError("[evaluation] unseen_clients is for simulations: who does not join is not measured")
     config = folder.localise(described)
     data = prepare_site(config, folder.call)
     try:

@@ -64,6 +64,7 @@ def _sections(run: RunFolder) -> dict[str, Any]:
         "models": _models(run.evaluation),
         "metrics": _metrics(run.evaluation),
         "differences": _differences(run.evaluation),
+        "unseen": _unseen(run.evaluation),
         "categories": [name for name in run.evaluation.get("num_test_rows", {}) if name != "all"],
         "clients": _clients(run),
         "samples": choose_samples(run),
@@ -137,6 +138,18 @@ def _differences(evaluation: Mapping[str, Any]) -> list[dict[str, Any]]:
     }
     found = evaluation.get("differences", {})
     return [{"label": label, **found[name]} for name, label in labels.items() if name in found]
+
+
+def _unseen(evaluation: Mapping[str, Any]) -> list[dict[str, Any]]:
+    """Return what was measured on clients and categories that no model was trained on."""
+    found = []
+    for key in ("unseen_clients", "unseen_categories"):
+        if key in evaluation:
+            measured = evaluation[key]
+            groups = [name for name in measured["num_test_rows"] if name != "all"]
+            label = f"{measured['num_test_rows']['all']:,} rows of unseen {key.removeprefix('unseen_')}"
+            found.append({"label": label, "groups": groups, "models": _models(measured), "metrics": _metrics(measured)})
+    return found
 
 
 def _clients(run: RunFolder) -> dict[str, Any]:

@@ -41,7 +41,20 @@ def final_table(evaluation: Mapping[str, Any]) -> RenderableType:
         bounds = interval("exact_match", evaluation.get("gap_closed_confidence"))
         table.caption = f"Loss gap closed: {percent(closed)}{f' ({bounds})' if bounds else ''}"
         table.caption_justify = "left"
-    return table
+    return Group(table, *_unseen_lines(evaluation))
+
+
+def _unseen_lines(evaluation: Mapping[str, Any]) -> list[Text]:
+    """Return the losses on what no model was trained on, a line for clients and one for categories."""
+    lines = []
+    for what in ("clients", "categories"):
+        models = evaluation.get(f"unseen_{what}", {}).get("models", {})
+        losses = ", ".join(
+            f"{MODEL_LABELS.get(name, name)} {metric('response_loss', model['response_loss']['all'])}"
+            for name, model in models.items()
+        )
+        lines += [Text(f"Response loss on unseen {what}: {losses}")] if losses else []
+    return lines
 
 
 def _tokens(name: str, model: Mapping[str, Any]) -> str:
