@@ -119,29 +119,44 @@ def generate_answers(
     model: StackedModel, adapters: Sequence[Adapter | None], examples: Sequence[EncodedExample], max_new_tokens: int
 ) -> list[list[str]]:
     """Return each model's greedy answer to each row, [models][rows]."""
-    model.fill(adapters)
-    prompts = [example.prompt_ids for example in examples]
-    pairs = [(slot, row) for slot in range(len(adapters)) for row in range(len(examples))]
-    limit = GENERATED_TOKENS.get(model.device.type, GENERATED_TOKENS["cuda"])
-    answers = [[""] * len(examples) for _ in adapters]
+    asked = [(slot, example.prompt_ids) for slot in range(len(adapters)) for example in examples]
+    texts = dict(answer_prompts(model, adapters, asked, max_new_tokens))
+    return [[texts[slot * len(examples) + row] for row in range(len(examples))] for slot in range(len(adapters))]
 
-    def kind(pair: tuple[int, int]) -> tuple[bool, int]:
+
+def answer_prompts(
+    model: StackedModel,
+    adapters: Sequence[Adapter | None],
+    asked: Sequence[tuple[int, np.ndarray]],
+    max_new_tokens: int,
+) -> Iterator[tuple[int, str]]:
+    """Yield the greedy answer to each prompt with its index, batch by batch. Overwrites the model's slots.
+
+    Args:
+        model: the stacked model.
+        adapters: who answers (None: the base itself).
+        asked: pairs of an adapter's index and a prompt's ids.
+        max_new_tokens: of an answer.
+    """
+    model.fill(adapters)
+    limit = GENERATED_TOKENS.get(model.device.type, GENERATED_TOKENS["cuda"])
+
+    def kind(index: int) -> tuple[bool, int]:
         """Who may share a batch: it lasts as long as its longest answer, and the base never learned to stop; and it
         ends where its longest prompt fills the context, which must cut no shorter prompt's answer.
         """
-        length = len(prompts[pair[1]])
-        return adapters[pair[0]] is None, length if model.room(length) < max_new_tokens else 0
+        slot, prompt = asked[index]
+        return adapters[slot] is None, len(prompt) if model.room(len(prompt)) < max_new_tokens else 0
 
-    pairs.sort(key=lambda pair: (*kind(pair), len(prompts[pair[1]])))
-    for _, group in itertools.groupby(pairs, kind):
+    in_order = sorted(range(len(asked)), key=lambda index: (*kind(index), len(asked[index][1])))
+    for _, group in itertools.groupby(in_order, kind):
         waiting = list(group)
         while waiting:
-            count = max(1, limit // (len(prompts[waiting[-1][1]]) + max_new_tokens))
+            count = max(1, limit // (len(asked[waiting[-1]][1]) + max_new_tokens))
             batch, waiting = waiting[-count:], waiting[:-count]
-            texts = generate(model, [prompts[row] for _, row in batch], [slot for slot, _ in batch], max_new_tokens)
-            for (slot, row), text in zip(batch, texts, strict=True):
-                answers[slot][row] = text.strip()
-    return answers
+            slots, prompts = zip(*(asked[index] for index in batch), strict=True)
+            for index, text in zip(batch, generate(model, prompts, slots, max_new_tokens), strict=True):
+                yield index, text.strip()
 
 
 def _prediction(model: str, index: int, encoded: EncodedExample, answer: str | None, nll: float) -> Prediction:

@@ -30,6 +30,8 @@ class RunFolder:
     """``evaluation.json``"""
     audit: Mapping[str, Any] = field(default_factory=dict)
     """``audit.json``"""
+    judge: Mapping[str, Any] = field(default_factory=dict)
+    """``judge.json``: by what was judged, the result"""
 
     @classmethod
     def read(cls, path: Path) -> RunFolder:
@@ -44,12 +46,13 @@ class RunFolder:
             raise ConfigError(f"{path} is not a run: it {what}. Give the folder that `fedit run` wrote.")
         return cls(
             path=path,
-            config=_read_json(path / "config.json"),
-            partition=_read_json(path / "partition.json"),
-            rounds=list(_read_lines(path / "rounds.jsonl")),
-            timings=list(_read_lines(path / "timings.jsonl")),
-            evaluation=_read_json(path / "evaluation.json"),
-            audit=_read_json(path / "audit.json"),
+            config=read_json(path / "config.json"),
+            partition=read_json(path / "partition.json"),
+            rounds=list(read_lines(path / "rounds.jsonl")),
+            timings=list(read_lines(path / "timings.jsonl")),
+            evaluation=read_json(path / "evaluation.json"),
+            audit=read_json(path / "audit.json"),
+            judge=read_json(path / "judge.json"),
         )
 
     @property
@@ -77,10 +80,11 @@ class RunFolder:
 
     def answers(self) -> Iterator[Mapping[str, Any]]:
         """Yield the lines of ``answers.jsonl`` one by one: a run of many clients has more than fit in memory."""
-        yield from _read_lines(self.path / "answers.jsonl")
+        yield from read_lines(self.path / "answers.jsonl")
 
 
-def _read_json(path: Path) -> Mapping[str, Any]:
+def read_json(path: Path) -> Mapping[str, Any]:
+    """Return the object in a file; empty where there is none. Raise DataError where it is damaged."""
     if not path.is_file():
         return {}
     try:
@@ -89,7 +93,12 @@ def _read_json(path: Path) -> Mapping[str, Any]:
         raise DataError(f"{path} is damaged: {error}. Delete it, or restore it and try again.") from error
 
 
-def _read_lines(path: Path) -> Iterator[Mapping[str, Any]]:
+def read_lines(path: Path) -> Iterator[Mapping[str, Any]]:
+    """Yield the objects in the lines of a file, but for a last one that is half-written; none where there is no file.
+
+    Raises:
+        DataError: a line is damaged.
+    """
     if not path.is_file():
         return
     with path.open("rb") as file:

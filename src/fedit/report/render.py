@@ -16,6 +16,7 @@ from fedit.report.folder import RunFolder
 from fedit.report.leaks import leaks
 from fedit.report.samples import choose_samples
 from fedit.report.terminal import cleaning_lines
+from fedit.report.verdicts import verdicts
 
 MAX_LISTED = 20
 """Clients and failures listed in full; of more, the page gives the number and the first ones."""
@@ -75,6 +76,7 @@ def _sections(run: RunFolder) -> dict[str, Any]:
         "saw_sums": run.run.get("secure_aggregation")
         or (run.run.get("privacy") or {}).get("mechanism") == "distributed",
         "leaks": leaks(run.audit),
+        "verdicts": verdicts(run.judge),
         "communication": _communication(run),
         "time": _time(run),
         "peak_memory": max((timing.get("peak_memory_bytes") or 0 for timing in run.timings), default=0),
