@@ -11,8 +11,6 @@ from contextlib import contextmanager
 from dataclasses import dataclass, field
 from typing import Any
 
-MODELS = ("wise", "other")
-
 
 @dataclass
 class Answer:
@@ -36,6 +34,7 @@ class JudgeServer:
     answer: Callable[[int, dict[str, Any]], Answer]
     """Of the number of the request (from 0) and its body"""
     url: str = ""
+    models: tuple[str, ...] = ("wise",)
     requests: list[dict[str, Any]] = field(default_factory=list)
     keys: list[str | None] = field(default_factory=list)
     times: list[float] = field(default_factory=list)
@@ -53,7 +52,8 @@ def serving(answer: Callable[[int, dict[str, Any]], Answer] = lambda number, ask
         protocol_version = "HTTP/1.1"
 
         def do_GET(self) -> None:
-            self._send(Answer(body=json.dumps({"object": "list", "data": [_model(name) for name in MODELS]}).encode()))
+            models = [{"id": name, "object": "model", "created": 0, "owned_by": "tests"} for name in judge.models]
+            self._send(Answer(body=json.dumps({"object": "list", "data": models}).encode()))
 
         def do_POST(self) -> None:
             asked = json.loads(self.rfile.read(int(self.headers["content-length"])))
@@ -107,10 +107,6 @@ def error(status: int, message: str, **headers: str) -> Answer:
     """Return an error as OpenAI's servers send it."""
     body = json.dumps({"error": {"message": message, "type": "error", "code": None}}).encode()
     return Answer(status=status, body=body, headers={name.replace("_", "-"): value for name, value in headers.items()})
-
-
-def _model(name: str) -> dict[str, Any]:
-    return {"id": name, "object": "model", "created": 0, "owned_by": "tests"}
 
 
 def _completion(answer: Answer) -> dict[str, Any]:

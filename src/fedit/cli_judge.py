@@ -137,6 +137,7 @@ def judge(
         for message in example.messages:
             say(f"\n[{message['role']}]\n{message['content']}")
         return
+    folder.mkdir(parents=True, exist_ok=True)
     try:
         with console.status("") as status:
             answers = complete_answers(contest.contestants, asked, max_new_tokens, status.update)

@@ -53,7 +53,8 @@ def model_names(folder: Path) -> list[str]:
 
 
 def resolve_names(folder: Path, wanted: Sequence[str]) -> list[str]:
-    """Return the names of models, ``local`` being the median client's local-only model, by response loss.
+    """Return the names of models; ``local``, and ``federated`` where each client has its own, are those of the median
+    client by response loss.
 
     Raises:
         ConfigError: as `model_names`; the run has no such model.
@@ -61,7 +62,7 @@ def resolve_names(folder: Path, wanted: Sequence[str]) -> list[str]:
     known = model_names(folder)
     names = []
     for name in wanted:
-        exact = (_median_local(folder) or name) if name == LOCAL else name
+        exact = name if name in known else _median(folder, name) or name
         if exact not in known:
             raise ConfigError(f"{folder} has no model {name!r}. {_what_it_has(name, known)}")
         names.append(exact)
@@ -169,11 +170,12 @@ def _described(folder: Path) -> tuple[RunFolder, RunConfig]:
     return run, parse_config(run.run)
 
 
-def _median_local(folder: Path) -> str | None:
-    per_client = RunFolder.read(folder).evaluation.get("models", {}).get(LOCAL, {}).get("per_client", {})
+def _median(folder: Path, kind: str) -> str | None:
+    """Return the model of the (lower) median client, of those of a kind, such as ``local``."""
+    per_client = RunFolder.read(folder).evaluation.get("models", {}).get(kind, {}).get("per_client", {})
     losses = {client: own["response_loss"]["all"] for client, own in per_client.items()}
     by_loss = sorted(losses, key=lambda client: math.inf if losses[client] is None else losses[client])
-    return LOCAL_PREFIX + by_loss[(len(by_loss) - 1) // 2] if by_loss else None
+    return f"{kind}/{by_loss[(len(by_loss) - 1) // 2]}" if by_loss else None
 
 
 def _what_it_has(name: str, known: Sequence[str]) -> str:

@@ -111,6 +111,19 @@ def test_a_run_is_judged_against_its_baselines(fedit, run: Path, questions: Path
         assert "Asked now: 0 requests" in again.stderr
 
 
+def test_of_clients_with_models_of_their_own_the_median_is_judged(fedit, recipe, questions, tmp_path) -> None:
+    done = fedit("run", recipe, "--out", tmp_path / "run", "-o", "aggregation.name=fedsa-lora", "-o", "rounds=1")
+    assert done.status == 0, done.stderr
+    common = ("--questions", questions, "--judge", "wise", "--max-new-tokens", "2", "--json")
+    with serving() as server:
+        done = fedit("judge", tmp_path / "run", *common, "--base-url", server.url, "--against", "base")
+    assert done.status == 0, done.stderr
+    (compared,) = json.loads(done.stdout)["comparisons"]
+    per_client = json.loads((tmp_path / "run" / "evaluation.json").read_text())["models"]["federated"]["per_client"]
+    median = sorted(per_client, key=lambda client: per_client[client]["response_loss"]["all"])[1]
+    assert compared["ours"] == f"federated/{median}"
+
+
 def test_several_runs_are_judged_against_the_first_ones_models(fedit, run: Path, questions, answers, tmp_path) -> None:
     other = tmp_path / "other"
     other.symlink_to(run)
@@ -328,8 +341,9 @@ def test_what_would_not_go_better_is_asked_once(stored, answer: Answer, message:
 
 def test_an_unknown_model_is_named_beside_those_that_are_there(stored) -> None:
     with serving(lambda number, asked: error(404, "no such model")) as server:
-        done = stored(server, "--judge", "wisee")
-    assert "Did you mean 'wise'?" in done.stderr
+        server.models = ("wisest", "other")
+        done = stored(server)
+    assert "Did you mean 'wisest'?" in done.stderr
 
 
 def test_a_server_that_is_not_there(stored, fedit, questions, answers) -> None:
@@ -411,6 +425,7 @@ def test_a_password_in_the_url_is_not_written(stored, tmp_path) -> None:
 # -------------------------------------------------------------------------------------------------- killed and resumed
 
 
+@pytest.mark.slow
 def test_a_killed_judgement_asks_the_rest(questions, answers, tmp_path) -> None:
     mine, theirs = answers
     with serving(lambda number, asked: Answer(after_s=0 if number < 3 else 60)) as server:

@@ -46,6 +46,8 @@ def find_contestants(
     Raises:
         ConfigError: there is no such place, run or model, or nothing to compare with.
     """
+    if not places:
+        raise ConfigError("Nothing to judge: give the folder of a run, or a file of stored answers.")
     ours = []
     runs = [place for place in places if place.is_dir()]
     for place in places:
