@@ -146,7 +146,7 @@ def judge(
     except KeyboardInterrupt:
         say("\nInterrupted. What was answered is kept: the same command goes on.")
         sys.exit(130)
-    result = save_result(folder, questions, result)
+    result = save_result(folder, questions, {"max_new_tokens": max_new_tokens, **result})
     for part in verdict_tables(result):
         console.print(part)
     tokens, cost = result["tokens"], price.of(used.prompt_tokens, used.reply_tokens)
@@ -171,13 +171,13 @@ def _say_plan(
     """Print what is to be asked; return the first request."""
     from fedit.judge.contest import CHARACTERS_PER_TOKEN, plan
 
-    planned = plan(contest, answers, replies, judging.parameters, max_new_tokens)
+    planned = plan(contest, answers, replies, judging.most_tokens, max_new_tokens)
     if planned.num_missing:
         say(f"Answers to generate: {planned.num_missing:,}, counted as {max_new_tokens:,} tokens each.")
     compared = ", ".join(f"{one.name} against {other.name}" for one, other in contest.pairs)
     say(f"{len(contest.questions):,} questions, {contest.protocol}: {compared}.")
     cost = None if planned.most_reply_tokens is None else price.of(planned.prompt_tokens, planned.most_reply_tokens)
-    most = "any number" if planned.most_reply_tokens is None else f"{planned.most_reply_tokens:,} at most"
+    most = "any number" if planned.most_reply_tokens is None else f"at most {planned.most_reply_tokens:,}"
     say(
         f"To ask of {judging.model} ({judging.where}): {planned.num_requests:,} requests; {planned.num_known:,} more "
         f"are answered already. About {planned.prompt_tokens:,} tokens of prompts ({CHARACTERS_PER_TOKEN} characters "

@@ -196,7 +196,7 @@ def test_a_dry_run_sends_nothing_and_generates_nothing(fedit, run: Path, questio
         assert server.requests == []
     assert "Answers to generate: 16" in done.stderr
     assert "24 requests" in done.stderr
-    assert f"{24 * 512:,} at most of replies" in done.stderr
+    assert f"at most {24 * 512:,} of replies" in done.stderr
     assert "ab 1?" in done.stderr
     assert "(not generated yet)" in done.stderr
     assert not (run / "judge_answers.jsonl").exists()

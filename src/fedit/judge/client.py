@@ -80,6 +80,12 @@ class ServerJudge:
         return urlunsplit((parts.scheme, parts.netloc.rpartition("@")[2], parts.path, "", ""))
 
     @property
+    def most_tokens(self) -> int | None:
+        """Of a reply; None: no limit is known."""
+        limits = [self.parameters[name] for name in ("max_completion_tokens", "max_tokens") if name in self.parameters]
+        return limits[0] if limits and isinstance(limits[0], int) else None
+
+    @property
     def _key(self) -> str:
         return os.environ.get(KEY, "").strip()
 

@@ -174,10 +174,10 @@ def plan(
     contest: Contest,
     answers: Mapping[Contestant, Answers],
     replies: Replies,
-    parameters: Mapping[str, Any],
+    most_tokens: int | None,
     max_new_tokens: int,
 ) -> Plan:
-    """Return how much is yet to be asked, by a judge of these parameters."""
+    """Return how much is yet to be asked; a reply has `most_tokens` at most, an answer `max_new_tokens`."""
     num_missing, whole = 0, {}
     for each, own in answers.items():
         whole[each] = {}
@@ -190,13 +190,12 @@ def plan(
     asked = [request for request in requests if replies.get(request) is None]
     texts = [message["content"] for request in asked for message in request.messages]
     num_unwritten = sum(text.count(MISSING_ANSWER) for text in texts)
-    most = parameters.get("max_completion_tokens", parameters.get("max_tokens"))
     return Plan(
         num_requests=len(asked),
         num_known=len(requests) - len(asked),
         num_missing=num_missing,
         prompt_tokens=math.ceil(sum(map(len, texts)) / CHARACTERS_PER_TOKEN) + num_unwritten * max_new_tokens,
-        most_reply_tokens=None if most is None else len(asked) * int(most),
+        most_reply_tokens=None if most_tokens is None else len(asked) * most_tokens,
         example=requests[0],
     )
 
@@ -257,6 +256,7 @@ def judge_contest(
         "judge": judge.model,
         "where": judge.where,
         "parameters": dict(judge.parameters),
+        "prompt_sha256": hashlib.sha256(f"{contest.prompt.system}\n---\n{contest.prompt.user}".encode()).hexdigest(),
         "num_orders": contest.num_orders if contest.protocol == PAIRWISE else None,
         "num_questions": len(contest.questions),
         **contest.summarise(scores),
@@ -284,7 +284,9 @@ def save_result(folder: Path, questions: Path, result: Mapping[str, Any]) -> dic
         "questions_sha256": hashlib.sha256(questions.read_bytes()).hexdigest(),
         **result,
     }
-    write_json(path, {**read_json(path), f"{questions.name}, {result['protocol']}, {result['judge']}": named})
+    kind = result["parameters"].get("local", "server")
+    name = f"{questions.name}, {result['protocol']}, {result['judge']}, {kind}"
+    write_json(path, {**read_json(path), name: named})
     return named
 
 

@@ -58,6 +58,11 @@ class LocalJudge:
         """What the reply depends on, beside the model and the messages."""
         return {"local": self.method, **({"max_tokens": self.max_tokens} if self.method == "generation" else {})}
 
+    @property
+    def most_tokens(self) -> int:
+        """Of a reply."""
+        return self.max_tokens if self.method == "generation" else 0
+
     def ask(self, requests: Sequence[Request], on_reply: Callable[[Request, Reply | str], None]) -> None:
         """Call `on_reply` with each request and its reply, or why there is none, as they come.
 
@@ -70,7 +75,11 @@ class LocalJudge:
         for request in requests:
             ids = self._prompt(request.messages)
             if (room := self._context - len(ids)) < self._needed:
-                on_reply(request, f"the prompt has {len(ids)} tokens, which leaves {room} of the model's context")
+                on_reply(
+                    request,
+                    f"the prompt has {len(ids)} tokens, which leaves {max(0, room)} of the model's context; "
+                    f"{self._needed} are needed (--max-tokens)",
+                )
             else:
                 asked.append((request, ids))
         ask = self._write if self.method == "generation" else self._weigh
@@ -93,7 +102,7 @@ class LocalJudge:
             output = self._base.generate(  # pyright: ignore[reportCallIssue] (torch's __getattr__ hides the mixin)
                 input_ids=ids,
                 attention_mask=mask,
-                max_new_tokens=min(self.max_tokens, self._context - longest),
+                max_new_tokens=self.max_tokens,
                 do_sample=False,
             )
             texts = self._tokenizer.batch_decode(output[:, longest:], skip_special_tokens=True)
@@ -142,8 +151,8 @@ class LocalJudge:
 
     @property
     def _needed(self) -> int:
-        """Return the tokens that a reply needs at least."""
-        return 16 if self.method == "generation" else max(len(ids) for _, ids in self._beginnings)
+        """Return the tokens that a reply may have."""
+        return self.max_tokens if self.method == "generation" else max(len(ids) for _, ids in self._beginnings)
 
     @cached_property
     def _beginnings(self) -> list[tuple[tuple[int, ...], list[int]]]:

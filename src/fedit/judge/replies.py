@@ -50,6 +50,11 @@ class Judge(Protocol):
         """What the reply depends on, beside the model and the messages."""
         ...
 
+    @property
+    def most_tokens(self) -> int | None:
+        """Of a reply; None: no limit is known."""
+        ...
+
     def ask(self, requests: Sequence[Request], on_reply: Callable[[Request, Reply | str], None]) -> None:
         """Call `on_reply` with each request and its reply, or why there is none, as they come.
 

@@ -105,6 +105,7 @@ def compare_grades(
         "ties": int((rows[:, 0] == 0).sum()),
         "losses": int((rows[:, 0] < 0).sum()),
         "num_questions": len(rows),
+        "num_left_out": len(ours) - len(rows),
     }
 
 

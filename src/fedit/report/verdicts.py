@@ -16,14 +16,14 @@ if TYPE_CHECKING:
 Result = Mapping[str, Any]
 Cell = tuple[str, str]
 """What a cell of a table says, and its small print"""
-GRADE_HEADERS = ("Model", "Grade", "By turn", "Questions")
+GRADE_HEADERS = ("Model", "Grade", "By turn")
 
 
 def verdicts(judged: Mapping[str, Result]) -> list[dict[str, Any]]:
     """Return what the page's section shows of each result."""
     return [
         {
-            "title": f"{result['questions']}, {result['protocol']}, judged by {result['judge']}",
+            "title": f"{result['questions']}: {_title(result)}",
             "headers": _headers(result),
             "rows": _rows(result),
             "grade_headers": GRADE_HEADERS,
@@ -39,15 +39,21 @@ def verdict_tables(result: Result) -> list[RenderableType]:
     tables = []
     if grades := _grades(result):
         tables.append(_table("Grades from 1 to 10", GRADE_HEADERS, grades))
-    title = f"{result['questions']} judged by {result['judge']}, 95% bootstrap intervals over questions"
+    title = f"{_title(result)}, 95% bootstrap intervals over questions"
     tables.append(_table(title, _headers(result), _rows(result)))
     return [*tables, *(Text(sentence, style="yellow") for sentence in sentences(result))]
 
 
+def _title(result: Result) -> str:
+    how = result["parameters"].get("local")
+    return f"{result['num_questions']:,} questions, judged by {result['judge']}{f' ({how})' if how else ''}"
+
+
 def _table(title: str, headers: Sequence[str], rows: Sequence[Sequence[Cell]]) -> Table:
     table = Table(title=title, title_justify="left")
-    for header in headers:
-        table.add_column(header, justify="left" if header == "Model" else "right")
+    table.add_column(headers[0], overflow="fold")
+    for header in headers[1:]:
+        table.add_column(header, justify="right", no_wrap=True)
     for row in rows:
         table.add_row(*(Text("\n".join(filter(None, cell))) for cell in row))
     return table
@@ -78,15 +84,15 @@ def sentences(result: Result) -> list[str]:
 
 def _headers(result: Result) -> list[str]:
     if result["protocol"] == "single":
-        return ["Model", "Difference", "Wins, ties, losses", "Questions"]
-    return ["Model", "Relative score", "Scores", "Wins, ties, losses", "Orders agree", "Questions"]
+        return ["Model", "Difference", "Won, tied, lost"]
+    return ["Model", "Relative score", "Scores", "Won, tied, lost", "Orders agree"]
 
 
 def _rows(result: Result) -> list[list[Cell]]:
     rows = []
     for each in result["comparisons"]:
         row: list[Cell] = [(each["ours"], f"against {each['baseline']}")]
-        won = (f"{each['wins']}, {each['ties']}, {each['losses']}", "")
+        won = (f"{each['wins']}, {each['ties']}, {each['losses']}", _left_out(each))
         if result["protocol"] == "single":
             row += [(signed("grade", each["difference"]), signed_interval("grade", each["confidence"])), won]
         else:
@@ -98,21 +104,20 @@ def _rows(result: Result) -> list[list[Cell]]:
                 won,
                 (percent(each["orders_agree"]), "" if first is None else f"first {signed('points', first)}"),
             ]
-        rows.append([*row, _questions(result, each)])
+        rows.append(row)
     return rows
 
 
 def _grades(result: Result) -> list[list[Cell]]:
     return [
         [
-            (name, ""),
-            (number(each["grade"], 2), interval("grade", each["confidence"])),
+            (name, _left_out(each)),
+            (number(each["grade"]), interval("grade", each["confidence"])),
             (", ".join(number(grade, 2) for grade in each["by_turn"]), ""),
-            _questions(result, each),
         ]
         for name, each in result.get("models", {}).items()
     ]
 
 
-def _questions(result: Result, each: Mapping[str, Any]) -> Cell:
-    return f"{each['num_questions']} of {result['num_questions']}", ""
+def _left_out(each: Mapping[str, Any]) -> str:
+    return f"{each['num_left_out']} left out" if each["num_left_out"] else ""
