@@ -37,7 +37,6 @@ class JudgeServer:
     models: tuple[str, ...] = ("wise",)
     requests: list[dict[str, Any]] = field(default_factory=list)
     keys: list[str | None] = field(default_factory=list)
-    times: list[float] = field(default_factory=list)
     most_at_once: int = 0
     at_once: int = 0
     lock: threading.Lock = field(default_factory=threading.Lock)
@@ -61,7 +60,6 @@ def serving(answer: Callable[[int, dict[str, Any]], Answer] = lambda number, ask
                 number = len(judge.requests)
                 judge.requests.append(asked)
                 judge.keys.append(self.headers["authorization"])
-                judge.times.append(time.monotonic())
                 judge.at_once += 1
                 judge.most_at_once = max(judge.most_at_once, judge.at_once)
             try:

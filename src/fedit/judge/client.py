@@ -7,7 +7,7 @@ import importlib.util
 import logging
 import os
 import time
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 from urllib.parse import urlsplit, urlunsplit
@@ -29,7 +29,7 @@ FIRST_WAIT_S = 1.0
 LONGEST_WAIT_S = 60.0
 """Between two attempts, whatever the server asks for"""
 MOST_GIVEN_UP = 5
-"""Requests in a row that get no reply, until the server is taken for gone"""
+"""Requests in a row that get no reply, until the server is taken for gone; refused from the first on, for unwilling"""
 
 
 @dataclass(frozen=True)
@@ -57,9 +57,9 @@ class ServerJudge:
         for name, value in {**numbers, "requests-per-minute": self.requests_per_minute or 1}.items():
             if value <= 0:
                 raise ConfigError(f"--{name} is {value - (name == 'retries')}: too small.")
-        if self.base_url is not None and urlsplit(self.base_url).scheme not in {"http", "https"}:
+        if (url := self._url) and not _is_address(url):
             raise ConfigError(
-                f"--base-url {self.base_url!r}: expected a URL that begins with http:// or https://, such as "
+                f"--base-url (or {URL}) {self.where!r}: expected a URL that begins with http:// or https://, such as "
                 "http://localhost:8000/v1."
             )
         if not (self._key.isascii() and self._key.isprintable()):
@@ -73,10 +73,9 @@ class ServerJudge:
     @property
     def where(self) -> str:
         """The server's address, without the user and password that a URL may have."""
-        url = self.base_url or os.environ.get(URL)
-        if not url:
+        if not self._url:
             return "OpenAI"
-        parts = urlsplit(url)
+        parts = urlsplit(self._url)
         return urlunsplit((parts.scheme, parts.netloc.rpartition("@")[2], parts.path, "", ""))
 
     @property
@@ -84,6 +83,10 @@ class ServerJudge:
         """Of a reply; None: no limit is known."""
         limits = [self.parameters[name] for name in ("max_completion_tokens", "max_tokens") if name in self.parameters]
         return limits[0] if limits and isinstance(limits[0], int) else None
+
+    @property
+    def _url(self) -> str:
+        return self.base_url or os.environ.get(URL, "")
 
     @property
     def _key(self) -> str:
@@ -96,8 +99,8 @@ class ServerJudge:
         sent. What a server refuses of one request, or does not answer after all retries, is left out.
 
         Raises:
-            EngineError: the server refuses the key or the model, is not there, or `MOST_GIVEN_UP` requests in a row
-                got no reply.
+            EngineError: the server refuses the key, the model or the first `MOST_GIVEN_UP` requests, is not there, or
+                `MOST_GIVEN_UP` requests in a row got no reply.
         """
         if not requests:
             return
@@ -109,35 +112,41 @@ class ServerJudge:
     async def _ask_all(self, requests: Sequence[Request], on_reply: Callable[[Request, Reply | str], None]) -> None:
         from openai import AsyncOpenAI
 
-        client = AsyncOpenAI(api_key=self._key or "none", base_url=self.base_url, max_retries=0, timeout=self.timeout_s)
-        pace = _Pace(self.requests_per_minute)
+        client = AsyncOpenAI(
+            api_key=self._key or "none", base_url=self._url or None, max_retries=0, timeout=self.timeout_s
+        )
+        pace = Pace(self.requests_per_minute)
         waiting = iter(requests)
-        given_up = 0
+        num_answered = num_refused = given_up = 0
 
-        async def work(requests: Iterable[Request], *, is_first: bool = False) -> None:
-            nonlocal given_up
-            for request in requests:
+        async def work(*, until_answered: bool = False) -> None:
+            nonlocal num_answered, num_refused, given_up
+            for request in waiting:
                 reply: Reply | str
                 try:
-                    reply, given_up = await self._ask_one(client, pace, request), 0
+                    reply = await self._ask_one(client, pace, request)
+                    num_answered, given_up = num_answered + 1, 0
                 except _RefusedError as error:
-                    if is_first:
+                    num_refused += 1
+                    if not num_answered and num_refused == MOST_GIVEN_UP:
                         raise EngineError(f"The judge at {self.where} refuses what it is asked: {error}") from error
                     reply = str(error)
                 except _NoReplyError as error:
                     given_up += 1
-                    if is_first or given_up == MOST_GIVEN_UP:
+                    if not num_answered or given_up == MOST_GIVEN_UP:
                         raise EngineError(self._gone(error, given_up)) from error
                     reply = str(error)
                 on_reply(request, reply)
+                if until_answered and num_answered:
+                    return
 
         async with client:
-            await work([next(waiting)], is_first=True)
+            await work(until_answered=True)
             async with asyncio.TaskGroup() as group:
                 for _ in range(min(self.concurrency, len(requests) - 1)):
-                    group.create_task(work(waiting))
+                    group.create_task(work())
 
-    async def _ask_one(self, client: AsyncOpenAI, pace: _Pace, request: Request) -> Reply:
+    async def _ask_one(self, client: AsyncOpenAI, pace: Pace, request: Request) -> Reply:
         """Return the reply; raise _RefusedError, or _NoReplyError after the last attempt."""
         for attempt in range(self.retries):
             await pace.turn()
@@ -213,6 +222,14 @@ class ServerJudge:
         )
 
 
+def _is_address(url: str) -> bool:
+    try:
+        parts = urlsplit(url)
+        return parts.scheme in {"http", "https"} and bool(parts.hostname) and parts.port != 0
+    except ValueError:  # of the port
+        return False
+
+
 class _NoReplyError(Exception):
     """An attempt that may go better another time."""
 
@@ -225,7 +242,7 @@ class _RefusedError(Exception):
     """The server does not want this request."""
 
 
-class _Pace:
+class Pace:
     """Lets requests go one after another, so many a minute; all wait while the server asks for it."""
 
     def __init__(self, per_minute: float | None) -> None:
