@@ -233,7 +233,7 @@ def compare_study(study: StudyConfig, runs: Sequence[StudyRun], folder: Path) ->
         measured = [found for run in groups.get(names, ()) if (found := _measured(run)) is not None]
         if measured:
             choices = dict(zip(study.axes, names, strict=True))
-            reference = " · ".join((choices | study.reference).values()) if study.reference else None
+            reference = " · ".join((choices | study.reference).values())
             settings = flatten(groups[names][0].config.to_json())
             settings = {key: settings[key] for key in settings if key not in {"seed", "evaluation.baselines"}}
             result.append(Group(" · ".join(names), choices, measured, settings, reference))

@@ -29,7 +29,7 @@ def compare(
         DataError: the answers of a run are damaged.
     """
     by_label = {group.label: group for group in groups}
-    related = [_related(group, by_label.get(group.reference or "")) for group in groups]
+    related = [_related(group, by_label.get(group.reference)) for group in groups]
     for group in list(related):
         if group.label == group.reference:
             related += _baselines(group, groups)
@@ -43,7 +43,7 @@ def compare(
 
     result = []
     for group in related:
-        reference = by_label.get(group.reference or "")
+        reference = by_label.get(group.reference)
         if reference is not None and (group.is_baseline or group.label != reference.label):
             earlier = (known or {}).get((group.label, group.model))
             group = replace(group, difference=_difference(group, reference, answers, earlier))
@@ -81,10 +81,8 @@ def _why_unpaired(run: MeasuredRun, other: MeasuredRun) -> str | None:
 def _baselines(reference: Group, groups: Sequence[Group]) -> list[Group]:
     """Return a reference's base and baselines as groups, named in the column in which others differ from it."""
     own = [group for group in groups if group.reference == reference.label]
-    column = next(
-        (axis for axis in reference.choices if any(group.choices[axis] != reference.choices[axis] for group in own)),
-        next(iter(reference.choices)),
-    )
+    differing = [axis for axis, value in reference.choices.items() if any(each.choices[axis] != value for each in own)]
+    column = differing[0] if differing else next(iter(reference.choices))
     result = []
     for name in BASELINES:
         runs = []
@@ -100,7 +98,8 @@ def _baselines(reference: Group, groups: Sequence[Group]) -> list[Group]:
             }
             runs.append(replace(run, values=values))
         if runs:
-            choices = {**reference.choices, column: MODEL_LABELS[name]}
+            label = MODEL_LABELS[name] if differing else f"{MODEL_LABELS[name]} of {reference.choices[column]}"
+            choices = {**reference.choices, column: label}
             result.append(Group(" · ".join(choices.values()), choices, runs, {}, reference.label, name))
     return result
 

@@ -17,21 +17,20 @@ def state_differences(comparison: Comparison) -> str:
     if not finished:
         return "No run has a finite response loss."
     sentences = []
-    for reference in (group for group in finished if group.label == group.reference):
+    for reference in finished:
         others = [group for group in finished if group.reference == reference.label and group is not reference]
-        sentences += [_against(reference, others), _gap(reference)]
-    if not any(sentences):
+        if others or len(finished) == 1:
+            sentences += [_against(reference, others), _gap(reference)]
+    if len(sentences) == 0:
         best = min(finished, key=lambda group: group.mean("response_loss") or 0.0)
-        number_of = f"of {len(finished)} groups " if len(finished) > 1 else ""
-        runs = f"{len(best.runs)} seed{'s' if len(best.runs) > 1 else ''}"
-        return f"The lowest mean loss {number_of}is {number(best.mean('response_loss'))}, over {runs}: {best.label}."
+        return f"Of {len(finished)} groups, {best.label} has the lowest loss: {number(best.mean('response_loss'))}."
     return " ".join(filter(None, sentences))
 
 
 def _against(reference: Group, others: Sequence[Group]) -> str:
-    if not others:
-        return ""
     loss = f"{reference.label} (response loss {number(reference.mean('response_loss'))})"
+    if not others:
+        return f"The mean response loss of {reference.label} is {number(reference.mean('response_loss'))}."
     if len(others) <= MAX_NAMED:
         return f"Against {loss}: {'; '.join(map(_name, others))}."
     lower, higher, open_ = ([group for group in others if _direction(group) == way] for way in (-1, 1, 0))

@@ -55,8 +55,8 @@ class Group:
     runs: Sequence[MeasuredRun]
     settings: Mapping[str, Any] = field(default_factory=dict)
     """The configuration, without the seed: key.sub -> value"""
-    reference: str | None = None
-    """The label of the group that it is compared with; its own: others are compared with it"""
+    reference: str = ""
+    """The label of the group that it is compared with; its own, where it is compared with its own baselines alone"""
     model: str = "federated"
     difference: Difference | None = None
 
@@ -92,6 +92,11 @@ class Comparison:
     def trained(self) -> list[Group]:
         """The groups without the baselines."""
         return [group for group in self.groups if not group.is_baseline]
+
+    @property
+    def references(self) -> set[str]:
+        """The labels of the groups that others are compared with."""
+        return {group.reference for group in self.trained if group.reference != group.label}
 
     def differing(self) -> list[str]:
         """Return the keys of the configuration in which groups differ."""

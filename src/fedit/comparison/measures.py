@@ -34,6 +34,8 @@ MEASURES = {
     "worst_client": Measure("Worst client", 3, better=-1),
     "exact_match": Measure("Exact match", 1, "percent", better=1),
     "rouge_l": Measure("ROUGE-L", 3, better=1),
+    "unseen_clients": Measure("Unseen clients", 3, better=-1, is_detail=True),
+    "unseen_categories": Measure("Unseen categories", 3, better=-1, is_detail=True),
     "gap_closed": Measure("Gap closed", 1, "percent", better=1),
     "preference_accuracy": Measure("Preferred", 1, "percent", better=1),
     "attack_success": Measure("Attack success", 1, "percent", better=-1),
@@ -46,7 +48,8 @@ MEASURES = {
 }
 """The difference is that of the response loss to the reference's run of the same seed. Bytes are per client and round,
 both ways as messages; the server's seconds are the median round's, for the aggregation; the aggregation loss is the
-mean over rounds. The worst client's loss is there where clients have models of their own."""
+mean over rounds. The worst client's loss is there where clients have models of their own; unseen are the losses on what
+no model was trained on."""
 
 
 def measure_run(run: RunFolder) -> dict[str, Any]:
@@ -73,8 +76,10 @@ def measure_run(run: RunFolder) -> dict[str, Any]:
         "epsilon": run.rounds[-1].get("epsilon") if run.rounds else None,
         **_costs(run),
     }
+    values |= _unseen(evaluation, "federated")
     for name in BASELINES:
-        for metric, value in _metrics(models[name]).items() if name in models else ():
+        found = {**_metrics(models[name]), **_unseen(evaluation, name)} if name in models else {}
+        for metric, value in found.items():
             values[name if metric == "response_loss" else f"{name}_{metric}"] = value
     if "worst_client" in evaluation:
         values["local_worst_client"] = evaluation["worst_client"]["response_loss"]
@@ -91,6 +96,11 @@ def measure_run(run: RunFolder) -> dict[str, Any]:
 def _metrics(model: Mapping[str, Any]) -> dict[str, Any]:
     found = {metric: model[metric]["all"] for metric in METRIC_LABELS if metric in model}
     return {**found, "tokens": model["tokens"]}
+
+
+def _unseen(evaluation: Mapping[str, Any], model: str) -> dict[str, Any]:
+    kinds = [kind for kind in ("unseen_clients", "unseen_categories") if kind in evaluation]
+    return {kind: evaluation[kind]["models"][model]["response_loss"]["all"] for kind in kinds}
 
 
 def _costs(run: RunFolder) -> dict[str, Any]:

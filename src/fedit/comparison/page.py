@@ -91,9 +91,9 @@ def _lines(comparison: Comparison, series: plots.Series, folder: Path) -> list[d
                 "choices": list(group.choices.values()),
                 "chip": group.model if group.is_baseline else chip,
                 "is_baseline": group.is_baseline,
-                "is_reference": group.label == group.reference and not group.is_baseline,
+                "is_reference": group.label in comparison.references and not group.is_baseline,
                 "direction": 0 if group.difference is None else group.difference.direction,
-                "place": places[group.reference or ""] if group.is_baseline else places[group.label],
+                "place": places[group.reference] if group.is_baseline else places[group.label],
                 "seeds": [{"seed": run.seed, "link": _link(run, folder)} for run in group.runs],
                 "cells": cells,
             }

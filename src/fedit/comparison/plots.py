@@ -32,7 +32,7 @@ def choose_series(comparison: Comparison) -> Series:
 
     def place(group: Group) -> tuple[bool, float]:
         loss = group.mean("response_loss")
-        return group.label != group.reference, math.inf if loss is None else loss
+        return group.label not in comparison.references, math.inf if loss is None else loss
 
     groups = comparison.trained
     if len(groups) > NUM_SERIES:

@@ -164,15 +164,15 @@ def _latex_cell(group: Group, name: str, *, is_best: bool) -> str:
 
 
 def best_groups(comparison: Comparison, name: str) -> set[int]:
-    """Return which groups have the best mean, as it is printed, among those of their reference."""
+    """Return which groups have the best mean, as it is printed, among those with the same reference."""
     measure = MEASURES[name]
     if measure.better == 0:
         return set()
-    means: dict[str | None, dict[int, float]] = {}
+    means: dict[str, dict[int, float]] = {}
     for index, group in enumerate(comparison.groups):
         mean = group.mean(name)
         if mean is not None and not group.is_baseline:
-            means.setdefault(group.reference, {})[index] = mean
+            means.setdefault(group.reference if group.reference in comparison.references else "", {})[index] = mean
     found: set[int] = set()
     for each in means.values():
         if len(each) > 1:
