@@ -158,8 +158,9 @@ def study(
     FILE is a TOML file or the name of a shipped study. The same command goes on where it was interrupted; runs that
     the file has gained are added.
     """
-    from fedit.report.terminal import study_table
-    from fedit.study import load_study, measure, plan, run_study, table
+    from fedit.comparison import table, write_comparison
+    from fedit.report.terminal import comparison_table
+    from fedit.study import compare_study, load_study, plan, run_study, write_study
 
     grid = load_study(file)
     if recipe is not None:
@@ -171,13 +172,40 @@ def study(
     except KeyboardInterrupt:
         say(f"\nInterrupted. The same command goes on. Table so far: {folder / 'study.md'}")
         sys.exit(130)
-    measured = measure(grid, runs)
-    console.print(study_table(*table(grid, measured)))
-    say(f"Table: {folder / 'study.md'}")
+    found = compare_study(grid, runs, folder)
+    write_study(folder, grid, runs, found)
+    page = write_comparison(found, folder, "study")
+    console.print(comparison_table(*table(found, details=False), len(found.axes)))
+    say(f"Page:  {page}\nTable: {folder / 'study.md'}, .csv and .tex")
     if as_json:
-        print_json(measured)
+        print_json(found.to_json())
     if num_failed:
         raise EngineError(f"{num_failed} of {len(runs)} runs failed; the same command tries them again.")
+
+
+@app.command
+def compare(
+    folder: Path,
+    /,
+    *folders: Path,
+    out: Annotated[Path, Parameter(help="Where compare.html, compare.csv and compare.tex go")] = Path("comparison"),
+    as_json: AsJson = False,
+) -> None:
+    """Compare finished runs: a table, a page, CSV and LaTeX.
+
+    Runs that differ by the seed alone are one group; the others are compared with the group of the first folder.
+    """
+    from fedit.comparison import compare as compare_groups
+    from fedit.comparison import group_runs, table, write_comparison
+    from fedit.report.terminal import comparison_table
+
+    given = [folder, *folders]
+    found = compare_groups(f"Comparison of {len(given)} run{'s' if folders else ''}", group_runs(given))
+    page = write_comparison(found, out, "compare")
+    console.print(comparison_table(*table(found, details=False), len(found.axes)))
+    say(f"Page:  {page}\nTable: {out / 'compare.csv'} and .tex")
+    if as_json:
+        print_json(found.to_json())
 
 
 @app.command

@@ -26,7 +26,7 @@ import torch
 from fedit.baselines import Trained, central_task, local_tasks, saved_tokens, train_baseline
 from fedit.checkpoints import load_state, save_state
 from fedit.cohort import mean_share
-from fedit.config import RunConfig, parse_config
+from fedit.config import RunConfig, parse_config, run_command
 from fedit.engines.client_store import ClientStore
 from fedit.engines.simulation import Simulation
 from fedit.evaluation.heldout import mean_loss, predict, preference_accuracy
@@ -125,7 +125,8 @@ def run_experiment(
     """
     prepared = prepare_model(config, list(data.clients.values()))
     model = prepared.model
-    _start_folder(folder, data, describe_run(config, model, prepared.weights_sha256, recipe, plugin_files))
+    described = describe_run(config, model, prepared.weights_sha256, recipe, plugin_files)
+    _start_folder(folder, data, described | {"command": run_command(config, recipe, plugin_files)})
     run = _Run(config, folder, prepared.with_margins(config, data), model, prepared.initial, notify)
 
     federated, personal = _federated(run)

@@ -1,4 +1,4 @@
-"""A study: a grid of runs over several seeds, and one table of what came out.
+"""A study: a grid of runs over several seeds, and their comparison.
 
 A study is a TOML file. Its axes have named choices, each a few overrides of the recipe; every combination of choices is
 run with every seed:
@@ -24,11 +24,10 @@ from __future__ import annotations
 import itertools
 import json
 import os
-import statistics
 import subprocess
 import sys
 import tomllib
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor, as_completed
 from dataclasses import dataclass
 from pathlib import Path
@@ -36,11 +35,12 @@ from typing import Any, Self
 
 from pydantic import Field, ValidationError, field_validator, model_validator
 
-from fedit.config import RunConfig, Table, explain, load_config, parse_config, shipped_studies
+from fedit.comparison import Comparison, Difference, Group, MeasuredRun, compare, measure_run, to_markdown
+from fedit.config import RunConfig, Table, explain, load_config, parse_config, shipped_studies, toml
 from fedit.files import folder_name, write_atomically, write_json
 from fedit.interfaces import ConfigError, did_you_mean
 from fedit.report import RunFolder
-from fedit.report.format import MISSING, size
+from fedit.report.folder import flatten
 
 Overrides = dict[str, Any]
 
@@ -132,13 +132,13 @@ def plan(study: StudyConfig, folder: Path, overrides: Sequence[str], plugin_file
         ConfigError: a combination of choices cannot run, or its folder holds another configuration's run.
     """
     runs = []
-    known = {(*run["choices"].values(), run["seed"]): run for run in _known(folder / "study.json")}
+    known = {(*run["choices"].values(), run["seed"]): run for run in _known(folder / "study.json").get("runs", ())}
     for seed, names in itertools.product(study.seeds, itertools.product(*study.axes.values())):
         choices = dict(zip(study.axes, names, strict=True))
         keys = dict(study.override)
         for axis, choice in choices.items():
             keys |= study.axes[axis][choice]
-        given = [*(f"{key}={_toml(value)}" for key, value in keys.items()), *overrides]
+        given = [*(f"{key}={toml(value)}" for key, value in keys.items()), *overrides]
         if not _is_reference(study, choices):
             given.append("evaluation.baselines=false")
         place = folder.joinpath("runs", *map(folder_name, choices.values()), str(seed))
@@ -162,8 +162,8 @@ def plan(study: StudyConfig, folder: Path, overrides: Sequence[str], plugin_file
     return sorted(runs, key=lambda run: not _is_reference(study, run.choices))
 
 
-def _known(path: Path) -> list[dict[str, Any]]:
-    return json.loads(path.read_text(encoding="utf-8"))["runs"] if path.is_file() else []
+def _known(path: Path) -> dict[str, Any]:
+    return json.loads(path.read_text(encoding="utf-8")) if path.is_file() else {}
 
 
 def run_study(
@@ -205,7 +205,7 @@ def run_study(
             for done, future in enumerate(as_completed(futures), start=1):
                 failure = future.result()
                 num_failed += failure is not None
-                write_study(folder, study, measure(study, runs))
+                write_study(folder, study, runs, compare_study(study, runs, folder))
                 say(f"{done} of {len(runs)}: {futures[future].label}{f' failed: {failure}' if failure else ''}")
         except KeyboardInterrupt:
             pool.shutdown(wait=True, cancel_futures=True)
@@ -217,130 +217,50 @@ def _is_reference(study: StudyConfig, choices: Mapping[str, str]) -> bool:
     return all(choices[axis] == choice for axis, choice in study.reference.items())
 
 
-def _toml(value: Any) -> str:
-    """Return a value as TOML writes it in one line."""
-    if isinstance(value, Mapping):
-        return "{ " + ", ".join(f"{json.dumps(key)} = {_toml(item)}" for key, item in value.items()) + " }"
-    if isinstance(value, list):
-        return "[" + ", ".join(map(_toml, value)) + "]"
-    return json.dumps(value, ensure_ascii=False)
+# --------------------------------------------------------------------------------------------------------- the result
 
 
-# -------------------------------------------------------------------------------------------------------- the table
+def compare_study(study: StudyConfig, runs: Sequence[StudyRun], folder: Path) -> Comparison:
+    """Return the runs that are finished, a group for each combination of choices.
 
-MEASURES = {
-    "response_loss": ("Response loss", 3),
-    "difference": ("Difference", 4),
-    "worst_client": ("Worst client", 3),
-    "exact_match": ("Exact match", 3),
-    "gap_closed": ("Gap closed", 2),
-    "preference_accuracy": ("Preferred", 3),
-    "attack_success": ("Attack success", 3),
-    "bytes_up": ("Up", None),
-    "bytes_down": ("Down", None),
-    "aggregation_s": ("Server, s", 3),
-    "aggregation_loss": ("Aggregation loss", 4),
-}
-"""By name, the heading and the digits (None: bytes). The difference is that of the response loss to the reference run,
-seed by seed, so that what seeds have in common cancels. Bytes are per client and round, both ways as messages; the
-server's seconds are the median round's, for the aggregation; the aggregation loss is the mean over rounds."""
-
-
-def measure(study: StudyConfig, runs: Sequence[StudyRun]) -> list[dict[str, Any]]:
-    """Return the measures of every run that is finished: its choices, its seed and what of `MEASURES` it has."""
-    measured = [known for run in runs if (known := _measured(run)) is not None]
-    references = {_reference_key(study, run): run for run in measured if _is_reference(study, run["choices"])}
-    for run in measured:
-        reference = references.get(_reference_key(study, run), {})
-        if study.reference and reference is not run and {"response_loss"} <= reference.keys() & run.keys():
-            run["difference"] = run["response_loss"] - reference["response_loss"]
-        for name in ("base", "local", "central"):
-            if name in reference:
-                run[name] = reference[name]
-        loss, local, central = (run.get(name) for name in ("response_loss", "local", "central"))
-        if loss is not None and local is not None and central is not None and local > central:
-            run["gap_closed"] = (local - loss) / (local - central)
-    return measured
-
-
-def _measured(run: StudyRun) -> dict[str, Any] | None:
-    if (run.folder / "evaluation.json").is_file():
-        described = {"choices": dict(run.choices), "seed": run.seed, "config": run.config.digest()}
-        return described | _of_run(RunFolder.read(run.folder))
-    return None if run.measured is None else dict(run.measured)
-
-
-def _reference_key(study: StudyConfig, run: Mapping[str, Any]) -> tuple[Any, ...]:
-    return run["seed"], *(choice for axis, choice in run["choices"].items() if axis not in study.reference)
-
-
-def _of_run(run: RunFolder) -> dict[str, float]:
-    evaluation = run.evaluation
-    federated = evaluation["models"]["federated"]
-    contacted = sum(len(line["cohort"]) for line in run.rounds)
-    client_rounds = sum(len(line["cohort"]) - len(line["failures"]) for line in run.rounds)
-    losses = [line["aggregation_loss"] for line in run.rounds if line["aggregation_loss"] is not None]
-    seconds = [line["aggregation_seconds"] for line in run.timings if "aggregation_seconds" in line]
-    values = {
-        "response_loss": federated["response_loss"]["all"],
-        "worst_client": next(
-            (
-                evaluation[f"{kind}_worst_client"]["response_loss"]
-                for kind in ("federated", "personal")
-                if f"{kind}_worst_client" in evaluation
-            ),
-            None,
-        ),
-        "exact_match": federated.get("exact_match", {}).get("all"),
-        "preference_accuracy": evaluation.get("preference_accuracy", {}).get("federated"),
-        "attack_success": evaluation.get("attack", {}).get("success", {}).get("federated"),
-        "bytes_up": sum(line["bytes_up"] for line in run.rounds) / max(1, client_rounds),
-        "bytes_down": sum(line["bytes_down"] for line in run.rounds) / max(1, contacted),
-        "aggregation_s": statistics.median(seconds) if seconds else None,
-        "aggregation_loss": statistics.fmean(losses) if losses else None,
-        "tokens": federated["tokens"],
-    }
-    for name in ("base", "local", "central"):
-        values[name] = evaluation["models"].get(name, {}).get("response_loss", {}).get("all")
-    return {name: value for name, value in values.items() if value is not None}
-
-
-def table(study: StudyConfig, measured: Sequence[Mapping[str, Any]]) -> tuple[list[str], list[list[str]]]:
-    """Return headings and lines of the table: a line for each combination of choices, mean ± standard deviation over
-    seeds. Measures that no run has are left out.
+    Where folders are gone the paired intervals are those that ``study.json`` has.
     """
-    shown = [name for name in MEASURES if any(name in run for run in measured)]
-    lines = []
-    for choices, group in _by_choices(study, measured):
-        cells = [_mean_and_deviation([run[name] for run in group if name in run], MEASURES[name][1]) for name in shown]
-        lines.append([*choices, str(len(group)), *cells])
-    return [*study.axes, "Seeds", *(MEASURES[name][0] for name in shown)], lines
+    groups: dict[tuple[str, ...], list[StudyRun]] = {}
+    for run in runs:
+        groups.setdefault(tuple(run.choices.values()), []).append(run)
+    result = []
+    for names in itertools.product(*study.axes.values()):
+        measured = [found for run in groups.get(names, ()) if (found := _measured(run)) is not None]
+        if measured:
+            choices = dict(zip(study.axes, names, strict=True))
+            reference = " · ".join((choices | study.reference).values())
+            settings = flatten(groups[names][0].config.to_json())
+            settings = {key: settings[key] for key in settings if key not in {"seed", "evaluation.baselines"}}
+            result.append(Group(" · ".join(names), choices, measured, settings, reference))
+    num_finished = sum(len(group.runs) for group in result)
+    so_far = "" if num_finished == len(runs) else f", {num_finished} of {len(runs)} runs"
+    known = {
+        (group["label"], group["model"]): Difference(group["metrics"], group["notes"])
+        for group in _known(folder / "study.json").get("groups", ())
+        if "metrics" in group
+    }
+    return compare(f"Study {folder.name}{so_far}", result, known)
 
 
-def _by_choices(
-    study: StudyConfig, measured: Sequence[Mapping[str, Any]]
-) -> Iterator[tuple[tuple[str, ...], list[Mapping[str, Any]]]]:
-    for choices in itertools.product(*study.axes.values()):
-        group = [run for run in measured if tuple(run["choices"].values()) == choices]
-        if group:
-            yield choices, group
+def _measured(run: StudyRun) -> MeasuredRun | None:
+    if (run.folder / "evaluation.json").is_file():
+        return MeasuredRun(run.seed, run.folder, measure_run(RunFolder.read(run.folder)))
+    if run.measured is None:
+        return None
+    values = {key: value for key, value in run.measured.items() if key not in {"choices", "seed", "config"}}
+    return MeasuredRun(run.seed, run.folder, values)
 
 
-def _mean_and_deviation(values: Sequence[float], digits: int | None) -> str:
-    if not values:
-        return MISSING
-    if digits is None:
-        return size(statistics.fmean(values))
-    mean = f"{statistics.fmean(values):,.{digits}f}"
-    deviation = statistics.stdev(values) if len(values) > 1 else 0.0
-    return f"{mean} ± {deviation:,.{digits}f}" if deviation else mean
-
-
-def write_study(folder: Path, study: StudyConfig, measured: Sequence[Mapping[str, Any]]) -> Path:
-    """Write study.json, every run's measures, and study.md, the table; return the latter's path."""
-    headings, lines = table(study, measured)
-    rows = [headings, ["---"] * len(headings), *lines]
-    write_json(folder / "study.json", {"study": study.model_dump(mode="json"), "runs": list(measured)})
-    markdown = folder / "study.md"
-    write_atomically(markdown, "".join(f"| {' | '.join(row)} |\n" for row in rows).encode())
-    return markdown
+def write_study(folder: Path, study: StudyConfig, runs: Sequence[StudyRun], comparison: Comparison) -> None:
+    """Write study.json, which has every run's measures and what the comparison found, and study.md, the table."""
+    digests = {str(run.folder): run.config.digest() for run in runs}
+    content = comparison.to_json()
+    for line in content["runs"]:
+        line["config"] = digests[line.pop("folder")]
+    write_json(folder / "study.json", {"study": study.model_dump(mode="json"), **content})
+    write_atomically(folder / "study.md", to_markdown(comparison).encode())

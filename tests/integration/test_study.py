@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 import shutil
 import statistics
 from pathlib import Path
@@ -68,12 +69,16 @@ def test_a_grid_its_table_and_how_it_grows(fedit, study, tmp_path) -> None:
         check_measures(run, runs, out.joinpath("runs", *run["choices"].values(), str(run["seed"])))
     table = [line.strip("| \n").split(" | ") for line in (out / "study.md").read_text().splitlines()]
     assert table[0][:4] == ["split", "rule", "Seeds", "Response loss"]
-    assert [line[:3] for line in table[2:]] == [
+    assert [line[:3] for line in table[2:6]] == [
         [split, rule, "2"] for split in ("iid", "shards") for rule in ("fedit", "ffa-lora")
     ]
+    assert [line[:3] for line in table[6:]] == [
+        [split, model, "2"] for split in ("iid", "shards") for model in ("Base", "Local-only", "Centralised")
+    ]
     losses = [run["response_loss"] for run in runs if run["choices"] == {"split": "shards", "rule": "ffa-lora"}]
-    assert table[-1][3] == f"{statistics.fmean(losses):.3f} ± {statistics.stdev(losses):.3f}"
+    assert table[5][3] == f"{statistics.fmean(losses):.3f} ± {statistics.stdev(losses):.3f}"
 
+    check_that_nothing_but_links_needs_the_runs(fedit, study, out)
     study.write_text(study.read_text().replace("rounds = 1", "rounds = 2"))
     refused = fedit("study", study, "--out", out)
     assert refused.status == 1
@@ -102,6 +107,30 @@ def check_measures(run: dict[str, Any], runs: list[dict[str, Any]], folder: Path
         assert run["response_loss"] == evaluation["models"]["federated"]["response_loss"]["all"]
         lines = [json.loads(line) for line in (folder / "rounds.jsonl").read_text().splitlines()]
         assert run["bytes_up"] == sum(line["bytes_up"] for line in lines) / 3
+
+
+def check_that_nothing_but_links_needs_the_runs(fedit, study: Path, out: Path) -> None:
+    """With study.json alone: the intervals of answers that are gone are those that were found when they were there."""
+    names = ("study.md", "study.csv", "study.tex", "study.json")
+    before = {name: (out / name).read_text() for name in names}
+    page = (out / "study.html").read_text()
+    assert "runs/shards/ffa-lora/1/report.html" in page
+    shutil.rmtree(out / "runs")
+    for name in names[:-1]:
+        (out / name).unlink()
+    done = fedit("study", study, "--out", out, "--json")
+    assert done.status == 0, done.stderr
+    assert {name: (out / name).read_text() for name in names} == before
+    after = (out / "study.html").read_text()
+    assert "report.html" not in after
+    assert re.findall(r"<(?:path|svg|code)[^>]*>", after) == re.findall(r"<(?:path|svg|code)[^>]*>", page)
+    groups = {group["label"]: group for group in json.loads(done.stdout)["groups"]}
+    assert groups["iid · ffa-lora"]["reference"] == "iid · fedit"
+    found = groups["iid · ffa-lora"]["metrics"]["response_loss"]
+    assert found["interval"][0] < found["mean"] < found["interval"][1]
+    # Of one seed the answers were gone before the other one came.
+    assert groups["shards · ffa-lora"]["metrics"]["response_loss"]["interval"] is None
+    assert groups["shards · ffa-lora"]["notes"] == ["no interval, for answers are gone (seed 0, 1)"]
 
 
 def test_a_run_that_fails_takes_no_other_with_it(fedit, study, tmp_path) -> None:

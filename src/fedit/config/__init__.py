@@ -1,5 +1,6 @@
 """The run description: TOML and overrides -> one frozen `RunConfig`, validated once, before anything is loaded."""
 
+from fedit.config.command import override_value, run_command, toml
 from fedit.config.explaining import explain
 from fedit.config.loading import (
     apply_overrides,
@@ -46,7 +47,10 @@ __all__ = [
     "explain",
     "load_config",
     "load_plugins",
+    "override_value",
     "parse_config",
+    "run_command",
     "shipped_recipes",
     "shipped_studies",
+    "toml",
 ]

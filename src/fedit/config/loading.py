@@ -76,16 +76,24 @@ def load_config(recipe: str, overrides: Sequence[str] = (), plugin_files: Sequen
         ConfigError: naming each wrong key with what was got and expected.
     """
     load_plugins(plugin_files)
+    return parse_config(apply_overrides(read_recipe(recipe), overrides))
+
+
+def read_recipe(recipe: str) -> dict[str, Any]:
+    """Return the tables of a recipe: a TOML file, or the name of a shipped one.
+
+    Raises:
+        ConfigError: there is none, or it is not TOML.
+    """
     path = Path(recipe) if recipe.endswith(".toml") else shipped_recipes().get(recipe)
     if path is None:
         raise ConfigError(f"No shipped recipe is named {recipe!r}. {did_you_mean(recipe, shipped_recipes())}")
     try:
-        tables = tomllib.loads(path.read_text(encoding="utf-8"))
+        return tomllib.loads(path.read_text(encoding="utf-8"))
     except OSError as error:
         raise ConfigError(f"Recipe {path} cannot be read: {error.strerror}.") from error
     except (tomllib.TOMLDecodeError, UnicodeDecodeError) as error:
         raise ConfigError(f"Recipe {path} is not valid TOML: {error}.") from error
-    return parse_config(apply_overrides(tables, overrides))
 
 
 def parse_config(tables: Mapping[str, Any]) -> RunConfig:
@@ -118,14 +126,15 @@ def apply_overrides(tables: Mapping[str, Any], overrides: Sequence[str]) -> dict
             inner = table.get(part)
             table[part] = dict(inner) if isinstance(inner, Mapping) else {} if inner is None else {"name": inner}
             table = table[part]
-        value = _toml_value(text.strip())
+        value = read_value(text.strip())
         if parts[-1] == "name" and table.get("name", value) != value:
             table.clear()
         table[parts[-1]] = value
     return result
 
 
-def _toml_value(text: str) -> Any:
+def read_value(text: str) -> Any:
+    """Return the value of an override: TOML, or the text itself where it is none."""
     try:
         return tomllib.loads(f"value = {text}")["value"]
     except tomllib.TOMLDecodeError:

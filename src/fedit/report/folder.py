@@ -60,6 +60,11 @@ class RunFolder:
         """The run's configuration, as `RunConfig.to_json` gave it."""
         return self.config.get("config", {})
 
+    @property
+    def settings(self) -> dict[str, Any]:
+        """The configuration as the keys and values of ``-o key.sub=value``."""
+        return flatten(self.run)
+
     def adapter_folder(self, client: str | None = None) -> Path:
         """Return where the run's adapter is, or a client's own where the aggregation leaves each its own.
 
@@ -81,6 +86,14 @@ class RunFolder:
     def answers(self) -> Iterator[Mapping[str, Any]]:
         """Yield the lines of ``answers.jsonl`` one by one: a run of many clients has more than fit in memory."""
         yield from read_lines(self.path / "answers.jsonl")
+
+
+def flatten(table: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
+    """Return nested tables as one, with keys like ``client.learning_rate``."""
+    flat: dict[str, Any] = {}
+    for key, value in table.items():
+        flat |= flatten(value, f"{prefix}{key}.") if isinstance(value, Mapping) and value else {f"{prefix}{key}": value}
+    return flat
 
 
 def read_json(path: Path) -> Mapping[str, Any]:

@@ -52,7 +52,7 @@ def categories_figure(evaluation: Mapping[str, Any], metric: str) -> Markup | No
         if len(categories) > 1:
             axes.axhline(0.5, color=COLOURS["muted"], linewidth=0.6)
         axes.grid(axis="x")
-        _metric_axis(axes, metric)
+        metric_axis(axes, metric)
         axes.set_xlim(0, min(1, axes.get_xlim()[1]) if metric != "response_loss" else None)
         _legend(figure, axes)
         label = f"{METRIC_LABELS[metric]} by category for {', '.join(MODEL_LABELS[name] for name in models)}"
@@ -73,7 +73,7 @@ def loss_figure(rounds: Sequence[Mapping[str, Any]], evaluation: Mapping[str, An
             if loss is not None:
                 label = f"{MODEL_LABELS[name]}, held-out"
                 axes.axhline(loss, color=COLOURS[name], linestyle=LINE_STYLES[name], linewidth=1.4, label=label)
-        _round_axis(axes)
+        round_axis(axes)
         axes.set_ylabel("Loss per response token (nats)")
         axes.grid(axis="y")
         _legend(figure, axes, columns=2)
@@ -107,7 +107,7 @@ def aggregation_figure(rounds: Sequence[Mapping[str, Any]]) -> Markup | None:
         figure = Figure(figsize=(WIDTH, 3.1))
         axes = figure.add_subplot()
         _line(axes, rounds, "aggregation_loss", linewidth=1.8)
-        _round_axis(axes)
+        round_axis(axes)
         axes.set_ylim(0, 1.08 * largest)
         axes.set_ylabel("Aggregation loss")
         axes.yaxis.set_major_formatter(FuncFormatter(lambda value, _: f"{100 * value:g}%"))
@@ -151,7 +151,7 @@ def clients_figure(evaluation: Mapping[str, Any]) -> Markup | None:
         axes.tick_params(axis="y", length=0)
         axes.grid(axis="x")
         axes.margins(x=0.06, y=0.04 if named else 0.08)
-        _metric_axis(axes, "response_loss")
+        metric_axis(axes, "response_loss")
         _legend(figure, axes, columns=2)
         return inline_svg(figure, "clients", f"Held-out loss of {len(best_first)} local-only clients")
 
@@ -237,12 +237,14 @@ def _line(axes: Axes, rounds: Sequence[Mapping[str, Any]], key: str, over: str =
         axes.plot(*zip(*points, strict=True), color=COLOURS["federated"], marker=marker, markersize=3, **style)
 
 
-def _round_axis(axes: Axes) -> None:
+def round_axis(axes: Axes) -> None:
+    """Number the x-axis by whole rounds."""
     axes.set_xlabel("Round")
     axes.xaxis.set_major_locator(MaxNLocator(integer=True, min_n_ticks=1, steps=[1, 2, 5, 10]))
 
 
-def _metric_axis(axes: Axes, metric: str) -> None:
+def metric_axis(axes: Axes, metric: str) -> None:
+    """Give the x-axis the name and unit of a metric."""
     if metric == "exact_match":
         axes.xaxis.set_major_formatter(FuncFormatter(lambda value, _: f"{100 * value:g}%"))
     unit = " (nats per token)" if metric == "response_loss" else ""

@@ -39,6 +39,11 @@ def write_report(folder: Path) -> Path:
 
 def render(run: RunFolder) -> str:
     """Return the page."""
+    return fill("report.html.j2", _sections(run))
+
+
+def fill(template: str, sections: Mapping[str, Any]) -> str:
+    """Return the page that a template of this package makes of what it is given."""
     environment = Environment(
         loader=PackageLoader("fedit", "report"),
         autoescape=True,
@@ -47,7 +52,7 @@ def render(run: RunFolder) -> str:
         lstrip_blocks=True,
     )
     environment.globals["formats"] = formats
-    return environment.get_template("report.html.j2").render(_sections(run))
+    return environment.get_template(template).render(sections)
 
 
 def _sections(run: RunFolder) -> dict[str, Any]:
@@ -81,7 +86,7 @@ def _sections(run: RunFolder) -> dict[str, Any]:
         "time": _time(run),
         "peak_memory": max((timing.get("peak_memory_bytes") or 0 for timing in run.timings), default=0),
         "round_rows": _round_rows(run),
-        "settings": list(_flatten(run.run)),
+        "settings": list(run.settings.items()),
         "plots": _plots(run),
         "max_listed": MAX_LISTED,
         "max_drawn": plots.MAX_CATEGORIES,
@@ -240,14 +245,3 @@ def _timing_by_round(run: RunFolder) -> dict[int, Mapping[str, Any]]:
 def _round_rows(run: RunFolder) -> list[dict[str, Any]]:
     timings = _timing_by_round(run)
     return [{**entry, "timing": timings.get(entry["round"], {})} for entry in run.rounds]
-
-
-def _flatten(table: Mapping[str, Any], prefix: str = "") -> list[tuple[str, Any]]:
-    """Return the configuration as the keys and values of ``-o key.sub=value``."""
-    pairs: list[tuple[str, Any]] = []
-    for key, value in table.items():
-        if isinstance(value, Mapping) and value:
-            pairs.extend(_flatten(value, f"{prefix}{key}."))
-        else:
-            pairs.append((f"{prefix}{key}", value))
-    return pairs

@@ -32,6 +32,9 @@ COLOURS = {
     "federated": "#010107",
     "personal": "#010108",
 }
+NUM_SERIES = 8
+"""Colours for what has no name of its own"""
+COLOURS |= {f"series{index}": f"#01011{index}" for index in range(NUM_SERIES)}
 
 _STYLE: Any = {
     "svg.fonttype": "none",

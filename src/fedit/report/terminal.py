@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Mapping, Sequence
 from statistics import median
 from typing import Any
 
+from rich.box import SIMPLE_HEAD
 from rich.console import Group, RenderableType
 from rich.table import Table
 from rich.text import Text
@@ -63,12 +65,23 @@ def _tokens(name: str, model: Mapping[str, Any]) -> str:
     return f"{len(clients)} × {count(model['tokens'])}" if clients else count(model["tokens"])
 
 
-def study_table(headings: Sequence[str], lines: Sequence[Sequence[str]]) -> RenderableType:
-    """Return the table of a study."""
-    table = Table(*headings)
+def comparison_table(headings: Sequence[str], lines: Sequence[Sequence[str]], num_choices: int) -> RenderableType:
+    """Return the table of a comparison; deviations and intervals stand below their means, behind `num_choices` columns
+    of text.
+    """
+    table = Table(box=SIMPLE_HEAD, padding=(0, 1, 0, 0), pad_edge=False)
+    for heading in headings[:num_choices]:
+        table.add_column(Text(heading), overflow="fold", min_width=9)
+    for heading in headings[num_choices:]:
+        table.add_column(Text(heading.replace(" ", "\n"), justify="right"), justify="right", no_wrap=True)
     for line in lines:
-        table.add_row(*map(Text, line))
+        numbers = (_BEFORE.sub("\n", cell) for cell in line[num_choices:])
+        table.add_row(*map(Text, (*line[:num_choices], *numbers)))
     return table
+
+
+_BEFORE = re.compile(r" (?=±|\(|to )")
+"""Where a cell of a comparison is broken"""
 
 
 def preflight_table(partition: Mapping[str, Any]) -> RenderableType:
