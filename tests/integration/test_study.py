@@ -67,7 +67,8 @@ def test_a_grid_its_table_and_how_it_grows(fedit, study, tmp_path) -> None:
     assert by_label([run for run in runs if run["seed"] == 0]) == by_label(first)
     for run in runs:
         check_measures(run, runs, out.joinpath("runs", *run["choices"].values(), str(run["seed"])))
-    table = [line.strip("| \n").split(" | ") for line in (out / "study.md").read_text().splitlines()]
+    lines = (out / "study.md").read_text().splitlines()
+    table = [line.strip("| \n").split(" | ") for line in lines if line.startswith("|")]
     assert table[0][:4] == ["split", "rule", "Seeds", "Response loss"]
     assert [line[:3] for line in table[2:6]] == [
         [split, rule, "2"] for split in ("iid", "shards") for rule in ("fedit", "ffa-lora")
