@@ -341,7 +341,7 @@ def test_the_table_and_its_markdown(two_rules):
     assert [line[0] for line in lines[2:]] == ["Local-only", "Centralised"]
     assert to_markdown(two_rules).splitlines()[2].startswith("| fedit | 2 | 1.375")
     narrow, _ = table(two_rules, details=False)
-    assert set(headings) - set(narrow) == {"Training tokens", "Down"}
+    assert set(headings) - set(narrow) == {"Worst client", "Training tokens", "Down"}
 
 
 def test_of_how_many_runs_a_mean_is(tmp_path):

@@ -31,7 +31,7 @@ class Measure:
 MEASURES = {
     "response_loss": Measure("Response loss", 3, better=-1),
     "difference": Measure("Difference", 4),
-    "worst_client": Measure("Worst client", 3, better=-1),
+    "worst_client": Measure("Worst client", 3, better=-1, is_detail=True),
     "exact_match": Measure("Exact match", 1, "percent", better=1),
     "rouge_l": Measure("ROUGE-L", 3, better=1),
     "unseen_clients": Measure("Unseen clients", 3, better=-1, is_detail=True),

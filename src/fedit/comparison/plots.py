@@ -127,6 +127,7 @@ def categories_figure(comparison: Comparison, series: Series, metric: str) -> Ma
     """Horizontal bars: a group of them for each category, whiskers from the lowest to the highest seed."""
     categories = categories_of(comparison, metric)[:MAX_CATEGORIES]
     shown = [group for group in comparison.trained if series.get(group.label, MAX_BARS) < MAX_BARS]
+    shown = [group for group in shown if any(by_category(group, metric, category) for category in categories)]
     if len(categories) < 2 or not shown:
         return None
     thickness = 0.8 / len(shown)
@@ -174,7 +175,7 @@ def worst_figure(comparison: Comparison) -> Markup | None:
                 axes.scatter(worst, height, **ring, label=None if height else "Worst client")
             if loss is not None:
                 axes.scatter(loss, height, s=30, color=colour, linewidth=0, zorder=3, label=None)
-        axes.set_yticks(range(len(groups)), [clip(_name(comparison, group), 24) for group in groups])
+        axes.set_yticks(range(len(groups)), [clip(" · ".join(group.choices.values()), 30) for group in groups])
         axes.set_ylim(len(groups) - 0.5, -0.5)
         axes.tick_params(axis="y", length=0)
         axes.grid(axis="x")

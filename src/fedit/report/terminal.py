@@ -66,17 +66,16 @@ def _tokens(name: str, model: Mapping[str, Any]) -> str:
 
 
 def comparison_table(headings: Sequence[str], lines: Sequence[Sequence[str]], num_choices: int) -> RenderableType:
-    """Return the table of a comparison; deviations and intervals stand below their means, behind `num_choices` columns
-    of text.
+    """Return the table of a comparison; deviations and intervals stand below their means. The first `num_choices` cells
+    of a line are its name.
     """
     table = Table(box=SIMPLE_HEAD, padding=(0, 1, 0, 0), pad_edge=False)
-    for heading in headings[:num_choices]:
-        table.add_column(Text(heading), overflow="fold", min_width=9)
+    table.add_column(Text("\n".join(headings[:num_choices])), overflow="fold", min_width=12)
     for heading in headings[num_choices:]:
         table.add_column(Text(heading.replace(" ", "\n"), justify="right"), justify="right", no_wrap=True)
     for line in lines:
         numbers = (_BEFORE.sub("\n", cell) for cell in line[num_choices:])
-        table.add_row(*map(Text, (*line[:num_choices], *numbers)))
+        table.add_row(*map(Text, (" · ".join(line[:num_choices]), *numbers)))
     return table
 
 
