@@ -14,7 +14,7 @@ import torch
 
 from fedit.evaluation.checks import exact_match, passes
 from fedit.evaluation.metrics import Prediction, rouge_l
-from fedit.generation import generate
+from fedit.generation import GREEDY, Sampling, generate
 from fedit.interfaces import Adapter, EncodedExample
 from fedit.model import StackedModel
 
@@ -119,11 +119,26 @@ def generate_answers(
     model: StackedModel, adapters: Sequence[Adapter | None], examples: Sequence[EncodedExample], max_new_tokens: int
 ) -> list[list[str]]:
     """Return each model's greedy answer to each row, [models][rows]."""
+    texts = continue_prompts(model, adapters, [example.prompt_ids for example in examples], max_new_tokens)
+    return [[text.strip() for text in own] for own in texts]
+
+
+def continue_prompts(
+    model: StackedModel,
+    adapters: Sequence[Adapter | None],
+    prompts: Sequence[np.ndarray],
+    max_new_tokens: int,
+    sampling: Sampling = GREEDY,
+    stops: Sequence[str] = (),
+) -> list[list[str]]:
+    """Return each model's continuation of each prompt (int32 ids) as `generate` does, [models][prompts].
+
+    Draws of another batch have another seed, the next.
+    """
     model.fill(adapters)
-    prompts = [example.prompt_ids for example in examples]
-    pairs = [(slot, row) for slot in range(len(adapters)) for row in range(len(examples))]
+    pairs = [(slot, row) for slot in range(len(adapters)) for row in range(len(prompts))]
     limit = GENERATED_TOKENS.get(model.device.type, GENERATED_TOKENS["cuda"])
-    answers = [[""] * len(examples) for _ in adapters]
+    texts = [[""] * len(prompts) for _ in adapters]
 
     def kind(pair: tuple[int, int]) -> tuple[bool, int]:
         """Who may share a batch: it lasts as long as its longest answer, and the base never learned to stop; and it
@@ -138,10 +153,13 @@ def generate_answers(
         while waiting:
             count = max(1, limit // (len(prompts[waiting[-1][1]]) + max_new_tokens))
             batch, waiting = waiting[-count:], waiting[:-count]
-            texts = generate(model, [prompts[row] for _, row in batch], [slot for slot, _ in batch], max_new_tokens)
-            for (slot, row), text in zip(batch, texts, strict=True):
-                answers[slot][row] = text.strip()
-    return answers
+            slots, rows = zip(*batch, strict=True)
+            said = generate(model, [prompts[row] for row in rows], slots, max_new_tokens, sampling, stops)
+            for slot, row, text in zip(slots, rows, said, strict=True):
+                texts[slot][row] = text
+            if sampling.seed is not None:
+                sampling = replace(sampling, seed=sampling.seed + 1)
+    return texts
 
 
 def _prediction(model: str, index: int, encoded: EncodedExample, answer: str | None, nll: float) -> Prediction:
