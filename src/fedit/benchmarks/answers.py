@@ -47,7 +47,9 @@ def likelihoods(models: RunModels, requests: Sequence[Request]) -> dict[str, lis
         pairs = [(slot, row) for slot in range(len(names)) for row in range(len(rows))]
         inputs, slots = [rows[row] for _, row in pairs], [slot for slot, _ in pairs]
         for part, batch in models.model.batches(inputs, slots) if rows else ():
-            places = [(place, pairs[i][0], index) for place, i in enumerate(part) for index in asked_of_row[pairs[i][1]]]
+            places = [
+                (place, pairs[i][0], index) for place, i in enumerate(part) for index in asked_of_row[pairs[i][1]]
+            ]
             losses, likeliest = _losses(models, batch, [(place, requests[index][1]) for place, _, index in places])
             for (_, slot, index), loss, greedy in zip(places, losses, likeliest, strict=True):
                 sums[slot, index], is_greedy[slot, index] = -loss, greedy
@@ -90,7 +92,9 @@ def _by_input(models: RunModels, requests: Sequence[Request]) -> dict[bytes, lis
     num_cut = 0
     for index, (before, after) in enumerate(requests):
         if len(after) > context:
-            raise DataError(f"A continuation has {len(after)} tokens, the model's context {context}. Leave the task out.")
+            raise DataError(
+                f"A continuation has {len(after)} tokens, the model's context {context}. Leave the task out."
+            )
         fed = np.concatenate([before, after])[:-1]
         if len(fed) > context:
             fed, num_cut = fed[-int(context) :], num_cut + 1
@@ -106,9 +110,7 @@ def _warn_of_cuts(num_cut: int, num_requests: int) -> None:
 
 
 @torch.inference_mode()
-def _losses(
-    models: RunModels, batch: Batch, asked: Sequence[tuple[int, np.ndarray]]
-) -> tuple[list[float], list[bool]]:
+def _losses(models: RunModels, batch: Batch, asked: Sequence[tuple[int, np.ndarray]]) -> tuple[list[float], list[bool]]:
     """Return the loss (nats, summed) of each continuation that ends one token after a row of the batch, and whether it
     is the likeliest, token by token.
     """

@@ -5,10 +5,9 @@ from __future__ import annotations
 import json
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any, TypeVar
+from typing import TYPE_CHECKING, Any, TypeVar, cast
 
 import numpy as np
-from lm_eval.api.instance import Instance
 from lm_eval.api.model import LM
 from lm_eval.utils import get_rolling_token_windows, make_disjoint_window
 
@@ -18,6 +17,9 @@ from fedit.data import encode_prompt
 from fedit.generation import GREEDY, Sampling
 from fedit.interfaces import ConfigError, Example, Turn
 from fedit.run_models import RunModels
+
+if TYPE_CHECKING:
+    from lm_eval.api.instance import Instance
 
 DEFAULT_NEW_TOKENS = 256
 """Of a task that says nothing, as in lm-eval"""
@@ -39,7 +41,8 @@ class HarnessModel(LM):
 
     def __init__(self, models: RunModels) -> None:
         super().__init__()
-        self.name = next(iter(models.adapters))
+        self.names = list(models.adapters)
+        self.name = self.names[0]
         self._models = models
         self._template = models.config.data.template
         self._prompts: dict[str, np.ndarray] = {}
@@ -53,11 +56,11 @@ class HarnessModel(LM):
     # -- requests
 
     def loglikelihood(self, requests: list[Instance]) -> list[tuple[float, bool]]:
-        pairs = [request.args for request in requests]
+        pairs = [request.arguments for request in requests]
         return self._recall("loglikelihood", pairs, lambda: likelihoods(self._models, [self._pair(*p) for p in pairs]))
 
     def loglikelihood_rolling(self, requests: list[Instance]) -> list[float]:
-        texts = [request.args[0] for request in requests]
+        texts = [request.arguments[0] for request in requests]
 
         def ask() -> dict[str, list[float]]:
             windows = [self._windows(text) for text in texts]
@@ -71,7 +74,7 @@ class HarnessModel(LM):
         return self._recall("loglikelihood_rolling", texts, ask)
 
     def generate_until(self, requests: list[Instance]) -> list[str]:
-        asked = [request.args for request in requests]
+        asked = [request.arguments for request in requests]
 
         def ask() -> dict[str, list[str]]:
             alike: dict[str, list[int]] = {}
@@ -81,9 +84,7 @@ class HarnessModel(LM):
             for options, indices in alike.items():
                 settings = GenerationSettings.of(json.loads(options), self._models.config.seed)
                 prompts = [self._prompt(asked[index][0]) for index in indices]
-                said = continuations(
-                    self._models, prompts, settings.max_new_tokens, settings.sampling, settings.stops
-                )
+                said = continuations(self._models, prompts, settings.max_new_tokens, settings.sampling, settings.stops)
                 for name, own in said.items():
                     for index, text in zip(indices, own, strict=True):
                         texts[name][index] = text
@@ -91,9 +92,7 @@ class HarnessModel(LM):
 
         return self._recall("generate_until", asked, ask)
 
-    def _recall(
-        self, kind: str, asked: list[Any], ask: Callable[[], Mapping[str, list[Answer]]]
-    ) -> list[Answer]:
+    def _recall(self, kind: str, asked: list[Any], ask: Callable[[], Mapping[str, list[Answer]]]) -> list[Answer]:
         """Return what this model answered when another was asked the same, or ask all of them."""
         if kind not in self._answers or self._answers[kind][0] != asked:
             self._answers[kind] = asked, ask()
@@ -142,13 +141,13 @@ class HarnessModel(LM):
     def _first_id(self) -> int:
         """The token that text without a context follows: BOS, or EOS where there is none."""
         tokenizer = self._models.model.tokenizer
-        return tokenizer.eos_token_id if tokenizer.bos_token_id is None else tokenizer.bos_token_id
+        return cast("int", tokenizer.eos_token_id if tokenizer.bos_token_id is None else tokenizer.bos_token_id)
 
     def _ids(self, text: str, *, special: bool | None = None) -> np.ndarray:
         """Return the ids of text; of text that spells BOS already, without another in front."""
         tokenizer = self._models.model.tokenizer
         if special is None:
-            special = not text.startswith(tokenizer.decode([self._first_id]))
+            special = not text.startswith(cast("str", tokenizer.decode([self._first_id])))
         return _array(tokenizer(text, add_special_tokens=special, verbose=False)["input_ids"])
 
     def _answer_ids(self, text: str) -> np.ndarray:

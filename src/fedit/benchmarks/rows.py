@@ -1,7 +1,7 @@
 """What tasks written in YAML may call: rows as instruction and context, the generated rows, verdicts on answers.
 
-A row is what fedit trains on: ``instruction``, ``context`` (may be absent), ``response`` and, where a program can verify
-an answer, ``checks``.
+A row is what fedit trains on: ``instruction``, ``context`` (may be absent), ``response`` and, where a program can
+verify an answer, ``checks``.
 """
 
 from __future__ import annotations
@@ -47,13 +47,15 @@ def score(row: Mapping[str, Any], answers: Sequence[str]) -> dict[str, float]:
     return {"exact_match": float(passed), "rouge_l": rouge_l(answer, response)}
 
 
-def pasture(run_seed: int = 0, **about: Any) -> dict[str, Dataset]:
+def pasture(*, run_seed: str = "0", **_: Any) -> dict[str, Dataset]:
     """Return the held-out rows of ``builtin:pasture`` for the run's seed, for ``custom_dataset``: no run of that seed
-    trained on them.
+    trained on them. lm-eval tells the function a task's whole metadata.
     """
     from datasets import Dataset
 
     from fedit.builtin import pasture as builtin
 
-    _, rows = builtin.generate(run_seed)
-    return {"test": Dataset.from_list([{**row, "checks": json.dumps(row["checks"])} for row in rows])}
+    rows = builtin.generate(int(run_seed))[1]
+    # A table's column has values of one form; checks have many.
+    plain: list[Any] = [{**row, "checks": json.dumps(row["checks"])} for row in rows]
+    return {"test": Dataset.from_list(plain)}

@@ -30,6 +30,8 @@ class RunFolder:
     """``evaluation.json``"""
     audit: Mapping[str, Any] = field(default_factory=dict)
     """``audit.json``"""
+    benchmarks: Mapping[str, Any] = field(default_factory=dict)
+    """``benchmarks.json``"""
 
     @classmethod
     def read(cls, path: Path) -> RunFolder:
@@ -50,6 +52,7 @@ class RunFolder:
             timings=list(_read_lines(path / "timings.jsonl")),
             evaluation=_read_json(path / "evaluation.json"),
             audit=_read_json(path / "audit.json"),
+            benchmarks=_read_json(path / "benchmarks.json"),
         )
 
     @property
