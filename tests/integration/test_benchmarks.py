@@ -351,6 +351,13 @@ def test_bad_input_is_refused_with_what_to_do(fedit, run: Path, choices: Path, t
     (tmp_path / "rows.txt").touch()
     assert "ends in .json" in refused(run, "--tasks", "choices", *some, "--data", f"choices={tmp_path / 'rows.txt'}")
     assert "--data TASK=FILE" in refused(run, "--tasks", "instructions")
+    unsafe = (choices / "choices.yaml").read_text() + "unsafe_code: true\n"
+    (tmp_path / "unsafe.yaml").write_text(unsafe)
+    assert "runs code that the model writes" in refused(run, "--tasks", tmp_path / "unsafe.yaml")
+    beams = CHOICES.replace("multiple_choice", "generate_until\ngeneration_kwargs: {num_beams: 4}")
+    rows = ("--data", f"{tmp_path / 'beams.yaml'}={choices / 'rows.jsonl'}")
+    (tmp_path / "beams.yaml").write_text(beams)
+    assert "num_beams cannot be followed" in refused(run, "--tasks", tmp_path / "beams.yaml", *rows)
     (run / "adapter").rename(run / "gone")
     assert "--resume" in refused(run, "--tasks", "pasture")
     monkeypatch.setattr("importlib.util.find_spec", lambda name: None)
@@ -363,10 +370,6 @@ def test_tasks_of_lm_eval_are_found_by_name_and_take_data_of_a_file(fedit, run: 
         tasks.load_tasks(["ifevol"])
     with pytest.raises(DataError, match=r"gsm8k cannot be loaded: ConnectionError.*\n.*--data TASK=FILE"):
         tasks.load_tasks(["gsm8k"])
-    with pytest.raises(ConfigError, match="runs code that the model writes"):
-        rows = tmp_path / "humaneval.jsonl"
-        rows.write_text(json.dumps({"prompt": "def f():", "test": "", "entry_point": "f"}) + "\n")
-        tasks.load_tasks(["humaneval"], data={"humaneval": rows})
     path = tmp_path / "input_data.jsonl"
     write_ifeval(path)
     done = fedit("evaluate", run, "--tasks", "ifeval", "--data", f"ifeval={path}", "--models", "base", "--json")

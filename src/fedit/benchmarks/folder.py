@@ -61,17 +61,18 @@ def evaluate_run(folder: Path, wanted: Wanted, notify: Callable[[str], None] = l
         if number is not None and number < least:
             raise ConfigError(f"{name} {number}: expected {least} or more.")
     names = resolve_names(folder, wanted.models or _usual(folder))
-    notify("Loading the models")
-    models = RunModels.open(folder, names)
+    seed = RunFolder.read(folder).run["seed"]
     notify("Finding the tasks")
-    loaded = load_tasks(wanted.tasks, wanted.include, wanted.data, models.config.seed)
+    loaded = load_tasks(wanted.tasks, wanted.include, wanted.data, seed)
     for name, task in loaded["tasks"].items():
         _set_fewshot(name, task, wanted.num_fewshot)
+    notify("Loading the models")
+    models = RunModels.open(folder, names)
     notify(f"Asking {len(names)} models at once: {', '.join(loaded['tasks'])}")
     results = dict(_results(HarnessModel(models), loaded, wanted))
     template = models.config.data.template.name if wanted.apply_template else None
     about = {"template": template, "limit": wanted.limit, "lm_eval": version("lm-eval")}
-    tasks = {name: {**entry, **about} for name, entry in combine(results, models.config.seed).items()}
+    tasks = {name: {**entry, **about} for name, entry in combine(results, seed).items()}
     for model, result in results.items():
         for task, samples in result["samples"].items():
             lines = [json.dumps(sample, ensure_ascii=False, default=str) + "\n" for sample in samples]

@@ -28,6 +28,7 @@ def benchmarks(tasks: Tasks) -> dict[str, Any] | None:
                 "about": _about(task),
                 "metric": metric_label(metric),
                 "values": [_value(metric["models"].get(model)) for model in models],
+                "is_compared": bool(metric["differences"]),
                 "differences": [_difference(metric["differences"].get(other)) for other in others],
             }
             for name, task in shown.items()
