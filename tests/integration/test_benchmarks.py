@@ -6,7 +6,6 @@ import json
 from pathlib import Path
 from typing import Any
 
-import datasets
 import numpy as np
 import pytest
 from lm_eval.api.instance import Instance
@@ -78,7 +77,9 @@ def models(run: Path) -> RunModels:
 @pytest.fixture
 def reference(run: Path, tiny_model_folder: Path) -> HFLM:
     """The federated model as lm-eval loads it itself."""
-    return HFLM(pretrained=str(tiny_model_folder), peft=str(run / "adapter"), dtype="float32", device="cpu", batch_size=3)
+    return HFLM(
+        pretrained=str(tiny_model_folder), peft=str(run / "adapter"), dtype="float32", device="cpu", batch_size=3
+    )
 
 
 # ------------------------------------------------------------------------------------- as lm-eval's own models do
@@ -284,7 +285,15 @@ def test_a_run_is_evaluated_and_its_report_says_so(fedit, run: Path, choices: Pa
     assert "4 of 7 rows" in page
     # Other tasks stay, the same task is measured again.
     done = fedit(
-        "evaluate", run, "--tasks", choices / "choices.yaml", "--models", "base", "--fewshot", "1", "--no-apply-template"
+        "evaluate",
+        run,
+        "--tasks",
+        choices / "choices.yaml",
+        "--models",
+        "base",
+        "--fewshot",
+        "1",
+        "--no-apply-template",
     )
     assert done.status == 0, done.stderr
     assert done.stdout == ""
@@ -306,9 +315,7 @@ def test_rows_of_a_file_are_judged_as_the_run_judges_its_own(fedit, run: Path, d
 
 def test_a_run_without_baselines_has_two_models(fedit, recipe, tmp_path, choices) -> None:
     out = tmp_path / "alone"
-    done = fedit(
-        "run", recipe, "--out", out, "-o", "evaluation.max_new_tokens=0", "-o", "evaluation.baselines=false"
-    )
+    done = fedit("run", recipe, "--out", out, "-o", "evaluation.max_new_tokens=0", "-o", "evaluation.baselines=false")
     assert done.status == 0, done.stderr
     done = fedit("evaluate", out, "--tasks", "choices", "--include-path", choices, "--json")
     assert done.status == 0, done.stderr
@@ -320,9 +327,7 @@ def test_a_run_without_baselines_has_two_models(fedit, recipe, tmp_path, choices
 
 def test_clients_that_have_models_of_their_own_are_evaluated_each(fedit, recipe, tmp_path, choices) -> None:
     out = tmp_path / "own"
-    done = fedit(
-        "run", recipe, "--out", out, "-o", "evaluation.max_new_tokens=0", "-o", "aggregation.name=fedsa-lora"
-    )
+    done = fedit("run", recipe, "--out", out, "-o", "evaluation.max_new_tokens=0", "-o", "aggregation.name=fedsa-lora")
     assert done.status == 0, done.stderr
     done = fedit("evaluate", out, "--tasks", "choices", "--include-path", choices, "--json")
     assert done.status == 0, done.stderr

@@ -147,11 +147,13 @@ def continue_prompts(
         length = len(prompts[pair[1]])
         return adapters[pair[0]] is None, length if model.room(length) < max_new_tokens else 0
 
-    pairs.sort(key=lambda pair: (*kind(pair), len(prompts[pair[1]])))
+    # A slot's rows side by side: a batch of few slots takes less time than one of many.
+    pairs.sort(key=lambda pair: (*kind(pair), pair[0], len(prompts[pair[1]])))
     for _, group in itertools.groupby(pairs, kind):
         waiting = list(group)
+        longest = max(len(prompts[row]) for _, row in waiting)
         while waiting:
-            count = max(1, limit // (len(prompts[waiting[-1][1]]) + max_new_tokens))
+            count = max(1, limit // (longest + max_new_tokens))
             batch, waiting = waiting[-count:], waiting[:-count]
             slots, rows = zip(*batch, strict=True)
             said = generate(model, [prompts[row] for row in rows], slots, max_new_tokens, sampling, stops)
