@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import json
+import re
+from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import numpy as np
 import pytest
@@ -13,8 +15,10 @@ from lm_eval.api.model import LM
 from lm_eval.evaluator import evaluate
 from lm_eval.models.huggingface import HFLM
 
-from fedit.benchmarks import answers, tasks
+from fedit.benchmarks import answers, harness, tasks
+from fedit.benchmarks.answers import Request
 from fedit.benchmarks.harness import HarnessModel
+from fedit.data import encode_all
 from fedit.interfaces import ConfigError, DataError, Example, Turn
 from fedit.run_models import RunModels
 
@@ -77,15 +81,16 @@ def models(run: Path) -> RunModels:
 @pytest.fixture
 def reference(run: Path, tiny_model_folder: Path) -> HFLM:
     """The federated model as lm-eval loads it itself."""
-    return HFLM(
-        pretrained=str(tiny_model_folder), peft=str(run / "adapter"), dtype="float32", device="cpu", batch_size=3
-    )
+    # Its constructor is decorated, so that a type checker sees no parameters.
+    load = cast("Any", HFLM)
+    adapter = str(run / "adapter")
+    return load(pretrained=str(tiny_model_folder), peft=adapter, dtype="float32", device="cpu", batch_size=3)
 
 
 # ------------------------------------------------------------------------------------- as lm-eval's own models do
 
 
-def test_likelihoods_are_those_of_the_adapter_in_lm_eval(models: RunModels, reference: HFLM) -> None:
+def test_likelihoods_are_those_of_the_adapter_in_lm_eval(models: RunModels, reference: Any) -> None:
     model = HarnessModel(models)
     model.name = "federated"
     likeliest = reference.generate_until(generation({"max_gen_toks": 2}, "ab 1 c?"))[0]
@@ -113,7 +118,7 @@ def test_likelihoods_are_those_of_the_adapter_in_lm_eval(models: RunModels, refe
     np.testing.assert_allclose([value for value, _ in got], [value for value, _ in expected], atol=1e-4)
 
 
-def test_a_texts_own_likelihood_is_taken_in_windows_of_the_context(models: RunModels, reference: HFLM) -> None:
+def test_a_texts_own_likelihood_is_taken_in_windows_of_the_context(models: RunModels, reference: Any) -> None:
     model = HarnessModel(models)
     model.name = "federated"
     texts = ("short", "of several windows " * 60, "")
@@ -123,7 +128,7 @@ def test_a_texts_own_likelihood_is_taken_in_windows_of_the_context(models: RunMo
 
 
 @pytest.mark.parametrize("apart", [1, 2, 3])
-def test_generated_text_is_that_of_the_adapter_in_lm_eval(models: RunModels, reference: HFLM, apart: int) -> None:
+def test_generated_text_is_that_of_the_adapter_in_lm_eval(models: RunModels, reference: Any, apart: int) -> None:
     model = HarnessModel(models)
     model.name = "federated"
     prompts = ("ab 1 c?\n", "Say something.", "x", "long " * 120)
@@ -140,7 +145,7 @@ def test_generated_text_is_that_of_the_adapter_in_lm_eval(models: RunModels, ref
 def test_a_benchmarks_numbers_are_those_of_the_adapter_in_lm_eval(models, reference, choices) -> None:
     loaded = tasks.load_tasks(["choices"], [choices])
     loaded["tasks"]["choices"].set_config(key="num_fewshot", value=2)
-    found = []
+    found: list[Any] = []
     model = HarnessModel(models)
     for each in (reference, model):
         model.name = "federated"
@@ -218,7 +223,20 @@ def test_what_a_context_cannot_hold_is_cut_or_refused(models: RunModels, caplog)
 # --------------------------------------------------------------------------------------------------- the run's template
 
 
-def test_a_prompt_of_the_template_is_tokenised_as_in_training(models: RunModels) -> None:
+@pytest.fixture
+def requests(monkeypatch) -> list[Request]:
+    """What the models are asked, as ids."""
+    seen: list[Request] = []
+
+    def noted(models: RunModels, asked: Sequence[Request]) -> dict[str, list[tuple[float, bool]]]:
+        seen.extend(asked)
+        return {name: [(0.0, True)] * len(asked) for name in models.adapters}
+
+    monkeypatch.setattr(harness, "likelihoods", noted)
+    return seen
+
+
+def test_a_prompt_of_the_template_is_tokenised_as_in_training(models: RunModels, requests: list[Request]) -> None:
     model = HarnessModel(models)
     text = model.apply_chat_template(
         [
@@ -229,33 +247,25 @@ def test_a_prompt_of_the_template_is_tokenised_as_in_training(models: RunModels)
         ]
     )
     assert text == "Be brief.\n\nName it.\nIlka\n\nWhere?\n\nIn Galder.\n"
+    model.loglikelihood(likelihood((text, "Galder"), (text + " ", "Galder")))
     example = Example((Turn("Name it.", "Ilka"), Turn("Where?", "Galder", "In Galder.")), system="Be brief.")
-    from fedit.data.encoding import encode
-
-    trained = encode(example, models.config.data.template, models.model.tokenizer, 512)
-    assert not hasattr(trained, "reason")
-    model.name = "federated"
-    from fedit.evaluation.heldout import response_losses
-
-    (loss,) = response_losses(models.model, [models.adapters["federated"]], [trained])[0]
-    eos = models.model.tokenizer.eos_token
-    # The answer and the end of sequence that training puts behind it.
-    (said,) = model.loglikelihood(likelihood((text, "Galder")))
-    whole = model._prompts[text]
-    ids = np.concatenate([whole, model._answer_ids("Galder"), [models.model.tokenizer.eos_token_id]])
-    np.testing.assert_array_equal(ids, trained.input_ids)
-    assert -loss < said[0] < 0
-    assert eos not in text
+    (trained,), _ = encode_all([example], models.config.data, models.model.tokenizer)
+    # Training ends with an end-of-sequence token; the text alone has none behind its first response either.
+    np.testing.assert_array_equal(np.concatenate(requests[0]), trained.input_ids[:-1])
+    np.testing.assert_array_equal(requests[0][0], trained.prompt_ids)
+    assert len(np.concatenate(requests[1])) == len(trained) - 2 + len(" ")
 
 
-def test_a_prompt_may_begin_the_answer(models: RunModels) -> None:
+def test_a_prompt_may_begin_the_answer(models: RunModels, requests: list[Request]) -> None:
     model = HarnessModel(models)
     chat = [{"role": "user", "content": "Name it."}, {"role": "assistant", "content": "It is"}]
     text = model.apply_chat_template(chat, add_generation_prompt=False)
     assert text == "Name it.\nIt is"
-    assert model.generate_until(generation({"max_gen_toks": 5}, text)) == HarnessModel(models).generate_until(
-        generation({"max_gen_toks": 5}, text)
-    )  # without a response in between, the ids are those of the text
+    model.loglikelihood(likelihood((text, " a zoll")))
+    (trained,), _ = encode_all(
+        [Example((Turn("Name it.", "It is a zoll"),))], models.config.data, models.model.tokenizer
+    )
+    np.testing.assert_array_equal(np.concatenate(requests[0]), trained.input_ids[:-1])
 
 
 # ------------------------------------------------------------------------------------------------- the command
@@ -311,6 +321,21 @@ def test_rows_of_a_file_are_judged_as_the_run_judges_its_own(fedit, run: Path, d
     task = json.loads(done.stdout)["instructions"]
     assert task["num_rows"] == 24
     assert task["metrics"][0]["differences"] == {}
+
+
+def test_the_example_of_the_documentation_runs(fedit, run: Path, repository: Path) -> None:
+    page = (repository / "docs" / "how-to" / "benchmarks.md").read_text(encoding="utf-8")
+    for name, kind in (("quiz/rows.jsonl", "json"), ("quiz/quiz.yaml", "yaml"), ("quiz/quiz.py", "python")):
+        path = Path(name)
+        path.parent.mkdir(exist_ok=True)
+        block = re.search(f'```{kind} title="{name}"\n(.*?)```', page, re.DOTALL)
+        assert block is not None, name
+        path.write_text(block[1], encoding="utf-8")
+    assert "fedit evaluate runs/default --tasks quiz --include-path quiz" in page
+    done = fedit("evaluate", run, "--tasks", "quiz", "--include-path", "quiz", "--models", "base,federated", "--json")
+    assert done.status == 0, done.stderr
+    metrics = json.loads(done.stdout)["quiz"]["metrics"]
+    assert [metric["name"] for metric in metrics] == ["rouge_l", "is_short"]
 
 
 def test_a_run_without_baselines_has_two_models(fedit, recipe, tmp_path, choices) -> None:
@@ -384,7 +409,7 @@ def test_tasks_of_lm_eval_are_found_by_name_and_take_data_of_a_file(fedit, run: 
     levels = ("prompt_level_strict_acc", "inst_level_strict_acc", "prompt_level_loose_acc", "inst_level_loose_acc")
     assert names == list(levels)
     loaded = tasks.load_tasks(["ifeval"], data={"ifeval": path})
-    result = evaluate(lm=Recited({row["prompt"]: said for row, said in ifeval_rows()}), task_dict=loaded)
+    result: Any = evaluate(lm=Recited({row["prompt"]: said for row, said in ifeval_rows()}), task_dict=loaded)
     got = [result["results"]["ifeval"][f"{name},none"] for name in levels]
     # Of four prompts and five instructions.
     assert got == [0.5, 0.6, 0.75, 0.8]
