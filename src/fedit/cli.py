@@ -16,6 +16,7 @@ from rich.table import Table
 from rich.text import Text
 
 from fedit.cli_audit import audit_app
+from fedit.cli_evaluate import evaluate_app
 from fedit.cli_federation import federation_app, site_app
 from fedit.cli_judge import judge_app
 from fedit.config import DType, RunConfig, load_plugins, parse_config
@@ -44,6 +45,7 @@ app.command(federation_app)
 app.command(site_app)
 app.command(audit_app)
 app.command(judge_app)
+app.command(evaluate_app)
 
 
 @app.command

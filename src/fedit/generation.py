@@ -7,7 +7,7 @@ import threading
 from collections.abc import Generator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import torch
@@ -17,6 +17,9 @@ from transformers.generation.streamers import BaseStreamer
 
 from fedit.interfaces import ConfigError
 from fedit.model import StackedModel
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase
 
 
 @dataclass(frozen=True, slots=True)
@@ -55,15 +58,20 @@ def generate(
     slots: Sequence[int],
     max_new_tokens: int,
     sampling: Sampling = GREEDY,
+    stops: Sequence[str] = (),
 ) -> list[str]:
     """Return the continuation of each prompt (int32 ids) under its row's slot.
 
-    It ends at EOS, after `max_new_tokens`, or where the longest prompt of the batch reaches the model's context: no
-    prompt without room for `max_new_tokens` should share a batch with shorter ones.
+    It ends at EOS, after `max_new_tokens`, before the first of `stops` that it comes to, or where the longest prompt of
+    the batch reaches the model's context: no prompt without room for `max_new_tokens` should share a batch with shorter
+    ones.
     """
-    return model.tokenizer.batch_decode(
-        _continue(model, prompts, slots, max_new_tokens, sampling), skip_special_tokens=True
-    )
+    stopped = _Said(model.tokenizer, max(len(prompt) for prompt in prompts), stops) if stops else None
+    tokens = _continue(model, prompts, slots, max_new_tokens, sampling, stopped=stopped)
+    texts = model.tokenizer.batch_decode(tokens, skip_special_tokens=True)
+    for stop in stops:
+        texts = [text.partition(stop)[0] for text in texts]
+    return texts
 
 
 def stream(
@@ -165,3 +173,19 @@ class _Stopped(StoppingCriteria):
 
     def __call__(self, input_ids: Any, scores: Any, **options: Any) -> Any:
         return torch.full((len(input_ids),), self._stopped.is_set(), dtype=torch.bool, device=input_ids.device)
+
+
+class _Said(StoppingCriteria):
+    """Ends a row once its text, special tokens included, holds one of the stops."""
+
+    def __init__(self, tokenizer: PreTrainedTokenizerBase, length: int, stops: Sequence[str]) -> None:
+        self._tokenizer = tokenizer
+        self._length = length
+        self._stops = stops
+        # A token may be as short as a byte of a stop; what ends one may begin with other text.
+        self._window = max(len(stop.encode()) for stop in stops) + 1
+
+    def __call__(self, input_ids: Any, scores: Any, **options: Any) -> Any:
+        texts = self._tokenizer.batch_decode(input_ids[:, self._length :][:, -self._window :])
+        ended = [any(stop in text for stop in self._stops) for text in texts]
+        return torch.tensor(ended, device=input_ids.device)

@@ -20,11 +20,19 @@ class FrozenHeadLoss(torch.autograd.Function):
     """Negative log-likelihood (nats, float32 [N]) of `targets` under the head's softmax, for hidden states [N, d].
 
     `weight` [V, d] and `bias` [V] or None get no gradient. Sums of exponentials are taken in float32, as
-    ``cross_entropy`` on float32 logits takes them (float64 where the head is).
+    ``cross_entropy`` on float32 logits takes them (float64 where the head is). `is_likeliest` (bool [N]), where given,
+    is overwritten by whether each target is the likeliest token there.
     """
 
     @staticmethod
-    def forward(ctx: Any, hidden: Tensor, weight: Tensor, bias: Tensor | None, targets: Tensor) -> Tensor:
+    def forward(
+        ctx: Any,
+        hidden: Tensor,
+        weight: Tensor,
+        bias: Tensor | None,
+        targets: Tensor,
+        is_likeliest: Tensor | None = None,
+    ) -> Tensor:
         precision = torch.promote_types(hidden.dtype, torch.float32)
         losses = torch.empty(len(targets), dtype=precision, device=hidden.device)
         of_hidden = torch.empty_like(hidden) if ctx.needs_input_grad[0] else None
@@ -37,6 +45,8 @@ class FrozenHeadLoss(torch.autograd.Function):
             values = buffer[: len(index)].copy_(linear(hidden[chunk], weight, bias))
             torch.log_softmax(values, 1, out=values)
             losses[chunk] = -values.gather(1, index)[:, 0]
+            if is_likeliest is not None:
+                is_likeliest[chunk] = values.argmax(1) == targets[chunk]
             if of_hidden is not None:
                 of_logits = values.exp_()
                 of_logits.scatter_add_(1, index, of_logits.new_full(index.shape, -1.0))
@@ -46,9 +56,9 @@ class FrozenHeadLoss(torch.autograd.Function):
         return losses
 
     @staticmethod
-    def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor, None, None, None]:
+    def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor, None, None, None, None]:
         (of_hidden,) = ctx.saved_tensors
-        return (gradients[0][:, None] * of_hidden).to(of_hidden.dtype), None, None, None
+        return (gradients[0][:, None] * of_hidden).to(of_hidden.dtype), None, None, None, None
 
 
 def is_plain_head(base: nn.Module, head: nn.Module) -> bool:

@@ -315,10 +315,13 @@ class StackedModel:
         """Yield the indices and the batch of each part of `examples` that goes through the base at once."""
         return batches(examples, slots, self.device, self.longest_packed, self.batch_tokens, seeds)
 
-    def token_losses(self, batch: Batch, slot_of_row: Sequence[int] = ()) -> tuple[Tensor, Tensor]:
+    def token_losses(
+        self, batch: Batch, slot_of_row: Sequence[int] = (), is_likeliest: Tensor | None = None
+    ) -> tuple[Tensor, Tensor]:
         """Return the negative log-likelihood (nats, [P]) of each supervised token, and its row (int64 [P]).
 
         Where gradients are collected by row, the batch's "slots" are rows, and `slot_of_row` says what each sees.
+        `is_likeliest` (bool [P]), where given, is overwritten by whether each is the likeliest token at its place.
 
         The head is applied to the P positions that predict a supervised token only; the order is row by row.
         """
@@ -334,8 +337,11 @@ class StackedModel:
         hidden, self._routing.hidden = self._routing.hidden, None
         if self._plain_head is not None:
             head = self._plain_head
-            return FrozenHeadLoss.apply(hidden, head.weight, head.bias, batch.targets), batch.target_rows
+            losses = FrozenHeadLoss.apply(hidden, head.weight, head.bias, batch.targets, is_likeliest)
+            return losses, batch.target_rows
         logits = logits.to(torch.promote_types(logits.dtype, torch.float32))
+        if is_likeliest is not None:
+            is_likeliest[:] = logits.argmax(1) == batch.targets
         return cross_entropy(logits, batch.targets, reduction="none"), batch.target_rows
 
     def room(self, length: int) -> float:

@@ -14,7 +14,7 @@ import torch
 
 from fedit.evaluation.checks import exact_match, passes
 from fedit.evaluation.metrics import Prediction, rouge_l
-from fedit.generation import generate
+from fedit.generation import GREEDY, Sampling, generate
 from fedit.interfaces import Adapter, EncodedExample
 from fedit.model import StackedModel
 
@@ -120,23 +120,29 @@ def generate_answers(
 ) -> list[list[str]]:
     """Return each model's greedy answer to each row, [models][rows]."""
     asked = [(slot, example.prompt_ids) for slot in range(len(adapters)) for example in examples]
-    texts = dict(answer_prompts(model, adapters, asked, max_new_tokens))
-    return [[texts[slot * len(examples) + row] for row in range(len(examples))] for slot in range(len(adapters))]
+    texts = dict(continue_prompts(model, adapters, asked, max_new_tokens))
+    return [
+        [texts[slot * len(examples) + row].strip() for row in range(len(examples))] for slot in range(len(adapters))
+    ]
 
 
-def answer_prompts(
+def continue_prompts(
     model: StackedModel,
     adapters: Sequence[Adapter | None],
     asked: Sequence[tuple[int, np.ndarray]],
     max_new_tokens: int,
+    sampling: Sampling = GREEDY,
+    stops: Sequence[str] = (),
 ) -> Iterator[tuple[int, str]]:
-    """Yield the greedy answer to each prompt with its index, batch by batch. Overwrites the model's slots.
+    """Yield what continues each prompt, as `generate` does, with its index, batch by batch. Overwrites the slots.
 
     Args:
         model: the stacked model.
         adapters: who answers (None: the base itself).
-        asked: pairs of an adapter's index and a prompt's ids.
-        max_new_tokens: of an answer.
+        asked: pairs of an adapter's index and a prompt's ids (int32 [T]).
+        max_new_tokens: of a continuation.
+        sampling: how tokens are chosen; draws of another batch have another seed, the next.
+        stops: what ends a continuation.
     """
     model.fill(adapters)
     limit = GENERATED_TOKENS.get(model.device.type, GENERATED_TOKENS["cuda"])
@@ -148,15 +154,19 @@ def answer_prompts(
         slot, prompt = asked[index]
         return adapters[slot] is None, len(prompt) if model.room(len(prompt)) < max_new_tokens else 0
 
-    in_order = sorted(range(len(asked)), key=lambda index: (*kind(index), len(asked[index][1])))
+    # A slot's rows side by side: a batch of few slots takes less time than one of many.
+    in_order = sorted(range(len(asked)), key=lambda index: (*kind(index), asked[index][0], len(asked[index][1])))
     for _, group in itertools.groupby(in_order, kind):
         waiting = list(group)
+        longest = max(len(asked[index][1]) for index in waiting)
         while waiting:
-            count = max(1, limit // (len(asked[waiting[-1]][1]) + max_new_tokens))
+            count = max(1, limit // (longest + max_new_tokens))
             batch, waiting = waiting[-count:], waiting[:-count]
             slots, prompts = zip(*(asked[index] for index in batch), strict=True)
-            for index, text in zip(batch, generate(model, prompts, slots, max_new_tokens), strict=True):
-                yield index, text.strip()
+            texts = generate(model, prompts, slots, max_new_tokens, sampling, stops)
+            yield from zip(batch, texts, strict=True)
+            if sampling.seed is not None:
+                sampling = replace(sampling, seed=sampling.seed + 1)
 
 
 def _prediction(model: str, index: int, encoded: EncodedExample, answer: str | None, nll: float) -> Prediction:

@@ -120,6 +120,14 @@ def summarise(
     return result
 
 
+def mean_interval(values: np.ndarray, seed: int, name: str) -> list[float] | None:
+    """Return the 95% bootstrap interval, over rows, of the mean of `values` [N]; None of fewer than two.
+
+    Equal `seed` and `name` draw the same rows.
+    """
+    return _interval(_draws(len(values), seed, name)[1:] @ values / len(values)) if len(values) > 1 else None
+
+
 def _in_order(scores: Mapping[str, Scores]) -> list[str]:
     usual = ("base", "local", "central", "federated", "personal")
     return [name for name in usual if name in scores] + [name for name in scores if name not in usual]

@@ -8,7 +8,7 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-from fedit.evaluation.heldout import NUM_SLOTS, answer_prompts, together
+from fedit.evaluation.heldout import NUM_SLOTS, continue_prompts, together
 from fedit.files import append_line, keep_lines
 from fedit.interfaces import ConfigError, Example, Turn
 from fedit.judge.questions import Question, read_answers
@@ -149,9 +149,9 @@ def _generate(models: RunModels, saved: _Saved, questions: Sequence[Question], n
                 for slot, question in waiting
             ]
             adapters = [models.adapters[name] for name in names]
-            for index, text in answer_prompts(models.model, adapters, prompts, saved.max_new_tokens):
+            for index, text in continue_prompts(models.model, adapters, prompts, saved.max_new_tokens):
                 slot, question = waiting[index]
-                saved.add(names[slot], question, text)
+                saved.add(names[slot], question, text.strip())
                 num_done += 1
                 notify(f"Answers: {num_done:,} of {num_all:,}")
 

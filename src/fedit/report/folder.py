@@ -30,6 +30,8 @@ class RunFolder:
     """``evaluation.json``"""
     audit: Mapping[str, Any] = field(default_factory=dict)
     """``audit.json``"""
+    benchmarks: Mapping[str, Any] = field(default_factory=dict)
+    """``benchmarks.json``"""
     judge: Mapping[str, Any] = field(default_factory=dict)
     """``judge.json``: by what was judged, the result"""
 
@@ -52,6 +54,7 @@ class RunFolder:
             timings=list(read_lines(path / "timings.jsonl")),
             evaluation=read_json(path / "evaluation.json"),
             audit=read_json(path / "audit.json"),
+            benchmarks=read_json(path / "benchmarks.json"),
             judge=read_json(path / "judge.json"),
         )
 

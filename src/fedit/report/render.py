@@ -11,6 +11,7 @@ from jinja2 import Environment, PackageLoader, StrictUndefined
 from fedit.files import write_atomically
 from fedit.report import format as formats
 from fedit.report import plots
+from fedit.report.benchmarks import benchmarks
 from fedit.report.finding import state_finding, state_privacy, state_sites
 from fedit.report.folder import RunFolder
 from fedit.report.leaks import leaks
@@ -80,6 +81,7 @@ def _sections(run: RunFolder) -> dict[str, Any]:
         "privacy": _privacy(run),
         "saw_sums": run.run.get("secure_aggregation")
         or (run.run.get("privacy") or {}).get("mechanism") == "distributed",
+        "benchmarks": benchmarks(run.benchmarks.get("tasks", {})),
         "leaks": leaks(run.audit),
         "verdicts": verdicts(run.judge),
         "communication": _communication(run),
