@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import json
 import shutil
 import warnings
@@ -16,13 +17,15 @@ from transformers import AutoModelForCausalLM
 
 from fedit.base import load_tokenizer, resolve_path
 from fedit.config import RunConfig
+from fedit.data import chat_template_of
 from fedit.files import write_atomically, write_tensors
-from fedit.interfaces import Adapter, EngineError, FeditError
+from fedit.interfaces import Adapter, EngineError, FeditError, Template
 from fedit.lowrank import LowRank
 from fedit.model import StackedModel
 
 if TYPE_CHECKING:
     from torch import Tensor
+    from transformers import PreTrainedTokenizerBase
 
 PEFT_PREFIX = "base_model.model."
 
@@ -51,12 +54,19 @@ def save_adapter(adapter: Adapter, config: RunConfig, model: StackedModel, folde
     tensors = {PEFT_PREFIX + name: tensor for name, tensor in adapter.tensors.items()}
     with _refusals(folder):
         folder.mkdir(parents=True, exist_ok=True)
-        model.tokenizer.save_pretrained(folder)
+        save_tokenizer(model.tokenizer, config.data.template, folder)
     text = json.dumps(described, indent=2, sort_keys=True, default=str)
     if adapter.side:
         _save_side(adapter.side, described, folder / SIDE_FOLDER)
     write_atomically(folder / "adapter_config.json", text.encode())
     write_tensors(folder / "adapter_model.safetensors", tensors, {"format": "pt"})
+
+
+def save_tokenizer(tokenizer: PreTrainedTokenizerBase, template: Template, folder: Path) -> None:
+    """Write the tokenizer with `template` as its chat template, whichever it had; none, where that cannot be said."""
+    exported = copy.copy(tokenizer)
+    exported.chat_template = chat_template_of(template, tokenizer)
+    exported.save_pretrained(folder)
 
 
 def _save_side(side: Mapping[str, LowRank], described: Mapping[str, Any], folder: Path) -> None:
