@@ -1,7 +1,7 @@
 """The run's template for other programs: Jinja text beside the tokenizer, by which they make the same ids of a chat.
 
-They render the whole chat and tokenise it at once; fedit tokenises every prompt and every response by itself. That makes
-a difference to tokenizers that put a space before a text (SentencePiece), and a space in the rendered text evens it out.
+They render the whole chat and tokenise it at once; fedit tokenises every prompt and every response by itself. That is
+another thing to tokenizers that put a space before a text (SentencePiece); a space in the rendered text makes up for it.
 """
 
 from __future__ import annotations
