@@ -16,16 +16,16 @@ from rich.table import Table
 from rich.text import Text
 
 from fedit.cli_audit import audit_app
+from fedit.cli_export import export_app
 from fedit.cli_federation import federation_app, site_app
 from fedit.cli_judge import judge_app
-from fedit.config import DType, RunConfig, load_plugins, parse_config
+from fedit.config import DType, RunConfig, load_plugins
 from fedit.console import (
     AsJson,
     Overrides,
     PluginFiles,
     Seed,
     console,
-    described_run,
     load,
     new_folder,
     print_json,
@@ -44,6 +44,7 @@ app.command(federation_app)
 app.command(site_app)
 app.command(audit_app)
 app.command(judge_app)
+app.command(export_app)
 
 
 @app.command
@@ -220,24 +221,6 @@ Client = Annotated[str | None, Parameter(help="Whose model, where the aggregatio
 
 
 @app.command
-def export(
-    folder: Path,
-    /,
-    *,
-    merged: Annotated[Path, Parameter(help="The folder for base + adapter as one ordinary model")],
-    client: Client = None,
-) -> None:
-    """Merge a run's adapter into its base (the adapter alone is in FOLDER/adapter already)."""
-    config = _run_config(folder)
-    quiet()
-    from fedit.export import save_merged
-    from fedit.report import RunFolder
-
-    save_merged(RunFolder.read(folder).adapter_folder(client), merged, config.model.path)
-    say(f"Merged model: {merged}")
-
-
-@app.command
 def chat(
     folder: Path,
     /,
@@ -347,12 +330,6 @@ def main(arguments: Sequence[str] | None = None) -> None:
 
 
 # --------------------------------------------------------------------------------------------------------- helpers
-
-
-def _run_config(folder: Path) -> RunConfig:
-    described = described_run(folder)
-    load_plugins([Path(file) for file in described.get("plugin_files", [])])
-    return parse_config(described["config"])
 
 
 def _prepare(config: RunConfig) -> FederatedData:

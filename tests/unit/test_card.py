@@ -46,7 +46,7 @@ def make_run(folder: Path, *, partition: dict[str, Any] | None = None, epsilon: 
         "plugin_files": [],
         "versions": {"fedit": "0.1.0"},
         "hardware": {"dtype": "float32"},
-        "model": {"weights_sha256": "abc123"},
+        "model": {"weights_sha256": "abc123", "parameters": 9, "adapter_parameters": 1},
     }
     counts = {"rows": 30, "truncated": 4, "dropped": 5}
     holdings = {name: {"rows": 15, "categories": {"ab": 10, "c|d": 5}} for name in "ab"}

@@ -1,7 +1,8 @@
 """The run's template for other programs: Jinja text beside the tokenizer, by which they make the same ids of a chat.
 
-They render the whole chat and tokenise it at once; fedit tokenises every prompt and every response by itself. That is
-another thing to tokenizers that put a space before a text (SentencePiece); a space in the rendered text makes up for it.
+They render the whole chat and tokenise it at once; fedit tokenises every prompt and every response by itself. To
+tokenizers that put a space before a text (SentencePiece) that is another thing; a space in the rendered text makes up
+for it.
 """
 
 from __future__ import annotations
