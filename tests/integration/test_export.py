@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib
 import json
 import os
 import shutil
@@ -225,14 +226,14 @@ def test_a_converter_that_fails_is_quoted(fedit, finished, tmp_path) -> None:
 def test_llama_cpps_own_converter(fedit, recipe, tmp_path, shared, monkeypatch) -> None:
     """The file has the merged model's tensors, the chat template, and what the card says."""
     monkeypatch.syspath_prepend(Path(os.environ["LLAMA_CPP"]) / "gguf-py")
-    from gguf import GGUFReader
+    read = importlib.import_module("gguf").GGUFReader
 
     run, options = tmp_path / "run", ["-o", f"model.path={shared / 'models' / 'stories260K'}"]
     assert fedit("run", recipe, "--out", run, *NO_ANSWERS, *options, "-o", "evaluation.baselines=false").status == 0
     files = [tmp_path / "m.gguf", tmp_path / "a.gguf"]
     done = fedit("export", run, "--merged", tmp_path / "merged", "--gguf", files[0], "--gguf-adapter", files[1])
     assert done.status == 0, done.stderr
-    whole, lora = map(GGUFReader, files)
+    whole, lora = map(read, files)
     merged = load_file(tmp_path / "merged" / "model.safetensors")
     found = {tensor.name: torch.from_numpy(tensor.data.copy()) for tensor in whole.tensors}
     for ours, theirs in (("mlp.down_proj", "ffn_down"), ("self_attn.o_proj", "attn_output")):

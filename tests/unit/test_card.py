@@ -45,7 +45,7 @@ def make_run(folder: Path, *, partition: dict[str, Any] | None = None, epsilon: 
         "recipe": "default",
         "plugin_files": [],
         "versions": {"fedit": "0.1.0"},
-        "hardware": {"dtype": "float32"},
+        "hardware": {"dtype": "float32", "device": "cpu", "cpu_count": 2},
         "model": {"weights_sha256": "abc123", "parameters": 9, "adapter_parameters": 1},
     }
     counts = {"rows": 30, "truncated": 4, "dropped": 5}
