@@ -19,12 +19,14 @@ from fedit.cli_audit import audit_app
 from fedit.cli_export import export_app
 from fedit.cli_federation import federation_app, site_app
 from fedit.cli_judge import judge_app
+from fedit.cli_track import track_app
 from fedit.config import DType, RunConfig, load_plugins
 from fedit.console import (
     AsJson,
     Overrides,
     PluginFiles,
     Seed,
+    Track,
     console,
     load,
     new_folder,
@@ -45,6 +47,7 @@ app.command(site_app)
 app.command(audit_app)
 app.command(judge_app)
 app.command(export_app)
+app.command(track_app)
 
 
 @app.command
@@ -57,6 +60,7 @@ def run(
     out: Annotated[Path | None, Parameter(help="The run folder; by default a new one, runs/RECIPE")] = None,
     resume: Annotated[Path | None, Parameter(help="Go on with the run in this folder")] = None,
     seed: Seed = None,
+    track: Track = None,
     as_json: AsJson = False,
 ) -> None:
     """Run the experiment: base, local-only, centralised and federated, evaluated and reported.
@@ -74,12 +78,14 @@ def run(
     from fedit.experiment import check_folder, run_experiment
     from fedit.live import LiveView
     from fedit.report.terminal import final_table
+    from fedit.tracking import Mirror, wanted_trackers
 
     check_folder(folder, config, resume=resume is not None)
+    trackers = wanted_trackers(folder, track or ())
     data = _prepare(config)
     try:
-        with LiveView(console) as view:
-            result = run_experiment(config, folder, data, view, recipe=recipe, plugin_files=plugin or ())
+        with LiveView(console) as view, Mirror(folder, trackers, view) as mirror:
+            result = run_experiment(config, folder, data, mirror, recipe=recipe, plugin_files=plugin or ())
     except KeyboardInterrupt:
         say(f"\nInterrupted. {_how_to_go_on(folder)}")
         sys.exit(130)
@@ -88,7 +94,7 @@ def run(
             error.add_note(_how_to_go_on(folder))
         raise
     console.print(final_table(result.evaluation))
-    say(f"Report:  {folder / 'report.html'}\nAdapter: {folder / 'adapter'}")
+    say("\n".join([f"Report:  {folder / 'report.html'}", f"Adapter: {folder / 'adapter'}", *mirror.summary()]))
     if as_json:
         print_json({"folder": str(folder), **result.evaluation})
 

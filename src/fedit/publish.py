@@ -152,7 +152,7 @@ def _base_folder(path: str) -> str:
 
 # ---------------------------------------------------------------------------------------------------------- the Hub
 
-_EARLIER_FILES = ["adapter_*", f"{SIDE_FOLDER}/*", "*config.json", "*.safetensors*", "chat_template.jinja"]
+_EARLIER_FILES = [f"{SIDE_FOLDER}/*", "*config.json", "*.safetensors*", "chat_template.jinja"]
 """Removed where an upload replaces another: transformers adds an adapter that lies beside a merged model to it."""
 
 

@@ -9,6 +9,8 @@ import shutil
 import stat
 import subprocess
 import sys
+import sysconfig
+import venv
 from pathlib import Path
 
 import pytest
@@ -19,6 +21,7 @@ from peft import PeftModel
 from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
+from fedit.interfaces import Example, Turn
 from fedit.run_models import RunModels
 
 NO_ANSWERS = ["-o", "evaluation.max_new_tokens=0"]
@@ -160,6 +163,64 @@ def test_an_unfinished_run(fedit, finished) -> None:
     assert done.status == 1
     assert "fedit run --resume" in done.stderr
     assert "is not a run" in fedit("export", "nowhere", "--adapter", "x").stderr
+
+
+# ------------------------------------------------------------------------------------------------- without fedit
+
+ELSEWHERE = """\
+import json, sys
+sys.modules["fedit"] = None  # any import of it fails
+from peft import PeftModel
+from transformers import AutoModelForCausalLM, AutoTokenizer
+
+base, adapter, merged, chats = sys.argv[1:]
+answers = []
+for chat in json.loads(chats):
+    for folder, model in (
+        (adapter, PeftModel.from_pretrained(AutoModelForCausalLM.from_pretrained(base), adapter)),
+        (merged, AutoModelForCausalLM.from_pretrained(merged)),
+    ):
+        tokenizer = AutoTokenizer.from_pretrained(folder)
+        prompt = tokenizer.apply_chat_template(chat, add_generation_prompt=True, return_dict=True, return_tensors="pt")
+        output = model.generate(**prompt, max_new_tokens=12, do_sample=False, pad_token_id=tokenizer.eos_token_id)
+        answers.append(tokenizer.decode(output[0, prompt["input_ids"].shape[1] :], skip_special_tokens=True).strip())
+print(json.dumps(answers))
+"""
+
+
+@pytest.mark.slow
+def test_loads_without_fedit(fedit, recipe, tmp_path, tiny_model_folder) -> None:
+    """In a virtual environment of its own that sees PyTorch, transformers and PEFT: the answers that fedit gives."""
+    run, place = tmp_path / "run", tmp_path / "environment"
+    options = ["client.learning_rate=0.1", "rounds=4", "evaluation.baselines=false"]
+    assert fedit("run", recipe, "--out", run, *NO_ANSWERS, *[x for o in options for x in ("-o", o)]).status == 0
+    done = fedit("export", run, "--adapter", tmp_path / "adapter", "--merged", tmp_path / "merged")
+    assert done.status == 0, done.stderr
+
+    venv.create(place, with_pip=False)
+    (packages,) = place.glob("lib/python*/site-packages")
+    (packages / "others.pth").write_text(sysconfig.get_path("purelib") + "\n")
+    asked = [Example((Turn("ab 1 a", ""),)), Example((Turn("ab 1 a", "ba"), Turn("cde 2 b", "")), system="Why?")]
+    chats = [
+        [{"role": "user", "content": "ab 1 a"}],
+        [
+            {"role": "system", "content": "Why?"},
+            {"role": "user", "content": "ab 1 a"},
+            {"role": "assistant", "content": "ba"},
+            {"role": "user", "content": "cde 2 b"},
+        ],
+    ]
+    arguments = [str(path) for path in (tiny_model_folder, tmp_path / "adapter", tmp_path / "merged")]
+    command = [place / "bin" / "python", "-I", "-c", ELSEWHERE, *arguments, json.dumps(chats)]
+    answered = subprocess.run(command, capture_output=True, text=True, cwd=tmp_path, timeout=300, check=False)
+    assert answered.returncode == 0, answered.stderr
+    models = RunModels.open(run)
+    expected = []
+    for example in asked:
+        *_, last = models.answer({"federated": example}, 12)
+        expected += [last["federated"]] * 2
+    assert json.loads(answered.stdout) == expected
+    assert len(set(expected)) == 2, "the two chats are answered otherwise, so the prompt matters"
 
 
 # ------------------------------------------------------------------------------------------------------------- GGUF
