@@ -17,16 +17,18 @@ from rich.text import Text
 
 from fedit.cli_audit import audit_app
 from fedit.cli_evaluate import evaluate_app
+from fedit.cli_export import export_app
 from fedit.cli_federation import federation_app, site_app
 from fedit.cli_judge import judge_app
-from fedit.config import DType, RunConfig, load_plugins, parse_config
+from fedit.cli_track import track_app
+from fedit.config import DType, RunConfig, load_plugins
 from fedit.console import (
     AsJson,
     Overrides,
     PluginFiles,
     Seed,
+    Track,
     console,
-    described_run,
     load,
     new_folder,
     print_json,
@@ -46,6 +48,8 @@ app.command(site_app)
 app.command(audit_app)
 app.command(judge_app)
 app.command(evaluate_app)
+app.command(export_app)
+app.command(track_app)
 
 
 @app.command
@@ -58,6 +62,7 @@ def run(
     out: Annotated[Path | None, Parameter(help="The run folder; by default a new one, runs/RECIPE")] = None,
     resume: Annotated[Path | None, Parameter(help="Go on with the run in this folder")] = None,
     seed: Seed = None,
+    track: Track = None,
     as_json: AsJson = False,
 ) -> None:
     """Run the experiment: base, local-only, centralised and federated, evaluated and reported.
@@ -75,12 +80,14 @@ def run(
     from fedit.experiment import check_folder, run_experiment
     from fedit.live import LiveView
     from fedit.report.terminal import final_table
+    from fedit.tracking import Mirror, wanted_trackers
 
     check_folder(folder, config, resume=resume is not None)
+    trackers = wanted_trackers(folder, track or ())
     data = _prepare(config)
     try:
-        with LiveView(console) as view:
-            result = run_experiment(config, folder, data, view, recipe=recipe, plugin_files=plugin or ())
+        with LiveView(console) as view, Mirror(folder, trackers, view) as mirror:
+            result = run_experiment(config, folder, data, mirror, recipe=recipe, plugin_files=plugin or ())
     except KeyboardInterrupt:
         say(f"\nInterrupted. {_how_to_go_on(folder)}")
         sys.exit(130)
@@ -89,7 +96,7 @@ def run(
             error.add_note(_how_to_go_on(folder))
         raise
     console.print(final_table(result.evaluation))
-    say(f"Report:  {folder / 'report.html'}\nAdapter: {folder / 'adapter'}")
+    say("\n".join([f"Report:  {folder / 'report.html'}", f"Adapter: {folder / 'adapter'}", *mirror.summary()]))
     if as_json:
         print_json({"folder": str(folder), **result.evaluation})
 
@@ -222,24 +229,6 @@ Client = Annotated[str | None, Parameter(help="Whose model, where the aggregatio
 
 
 @app.command
-def export(
-    folder: Path,
-    /,
-    *,
-    merged: Annotated[Path, Parameter(help="The folder for base + adapter as one ordinary model")],
-    client: Client = None,
-) -> None:
-    """Merge a run's adapter into its base (the adapter alone is in FOLDER/adapter already)."""
-    config = _run_config(folder)
-    quiet()
-    from fedit.export import save_merged
-    from fedit.report import RunFolder
-
-    save_merged(RunFolder.read(folder).adapter_folder(client), merged, config.model.path)
-    say(f"Merged model: {merged}")
-
-
-@app.command
 def chat(
     folder: Path,
     /,
@@ -349,12 +338,6 @@ def main(arguments: Sequence[str] | None = None) -> None:
 
 
 # --------------------------------------------------------------------------------------------------------- helpers
-
-
-def _run_config(folder: Path) -> RunConfig:
-    described = described_run(folder)
-    load_plugins([Path(file) for file in described.get("plugin_files", [])])
-    return parse_config(described["config"])
 
 
 def _prepare(config: RunConfig) -> FederatedData:

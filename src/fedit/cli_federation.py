@@ -23,6 +23,7 @@ from fedit.console import (
     Overrides,
     PluginFiles,
     Seed,
+    Track,
     console,
     load,
     new_folder,
@@ -115,6 +116,7 @@ def run(
     out: Annotated[Path | None, Parameter(help="The run folder; by default a new one, runs/RECIPE")] = None,
     resume: Annotated[Path | None, Parameter(help="Go on with the run in this folder")] = None,
     seed: Seed = None,
+    track: Track = None,
     as_json: AsJson = False,
 ) -> None:
     """Run the rounds of RECIPE across the sites. Its rows are those of the sites; [partition] plays no part.
@@ -134,17 +136,19 @@ def run(
     from fedit.experiment import check_folder
     from fedit.federation import StoppedError, run_federation
     from fedit.live import LiveView
+    from fedit.tracking import Mirror, wanted_trackers
 
     check_folder(folder, config, resume=resume is not None)
+    trackers = wanted_trackers(folder, track or ())
     go_on = f"fedit federation run --server {shlex.quote(str(server))} --resume {shlex.quote(str(folder))}"
     stopped = threading.Event()
     signal.signal(signal.SIGTERM, lambda *_: stopped.set())
     signal.signal(signal.SIGINT, _finish_round(stopped))
     say(f"Waiting for the sites, {config.engine.join_s:g} s at most; a round has {config.engine.deadline_s:g} s")
     try:
-        with LiveView(console) as view:
+        with LiveView(console) as view, Mirror(folder, trackers, view) as mirror:
             result = run_federation(
-                config, server, folder, view, _say_who, recipe=recipe, plugin_files=plugin or (), stopped=stopped
+                config, server, folder, mirror, _say_who, recipe=recipe, plugin_files=plugin or (), stopped=stopped
             )
     except (KeyboardInterrupt, StoppedError) as error:
         say(f"\n{'Stopped' if isinstance(error, StoppedError) else 'Interrupted'}. Go on with:\n  {go_on}")
@@ -153,7 +157,7 @@ def run(
         if (folder / "config.json").is_file() and not isinstance(error, ConfigError | DataError):
             error.add_note(f"What was finished is saved; go on with:\n  {go_on}")
         raise
-    say(f"Report:  {folder / 'report.html'}\nAdapter: {folder / 'adapter'}")
+    say("\n".join([f"Report:  {folder / 'report.html'}", f"Adapter: {folder / 'adapter'}", *mirror.summary()]))
     if as_json:
         print_json({"folder": str(folder), "rounds": list(result.rounds)})
 

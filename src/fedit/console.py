@@ -25,6 +25,10 @@ PluginFiles = Annotated[
     list[Path] | None, Parameter(name="--plugin", negative="", help="A Python file that defines plug-ins")
 ]
 Seed = Annotated[int | None, Parameter(help="The run's seed, instead of the recipe's")]
+Track = Annotated[
+    list[str] | None,
+    Parameter(name="--track", negative="", help="Mirror the run's numbers to tensorboard, mlflow or wandb"),
+]
 AsJson = Annotated[bool, Parameter(name="--json", negative="", help="Print the result on stdout as JSON")]
 
 

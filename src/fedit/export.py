@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import json
 import shutil
 import warnings
@@ -16,13 +17,15 @@ from transformers import AutoModelForCausalLM
 
 from fedit.base import load_tokenizer, resolve_path
 from fedit.config import RunConfig
+from fedit.data import chat_template_of
 from fedit.files import write_atomically, write_tensors
-from fedit.interfaces import Adapter, EngineError, FeditError
+from fedit.interfaces import Adapter, EngineError, FeditError, Template
 from fedit.lowrank import LowRank
 from fedit.model import StackedModel
 
 if TYPE_CHECKING:
     from torch import Tensor
+    from transformers import PreTrainedTokenizerBase
 
 PEFT_PREFIX = "base_model.model."
 
@@ -51,12 +54,19 @@ def save_adapter(adapter: Adapter, config: RunConfig, model: StackedModel, folde
     tensors = {PEFT_PREFIX + name: tensor for name, tensor in adapter.tensors.items()}
     with _refusals(folder):
         folder.mkdir(parents=True, exist_ok=True)
-        model.tokenizer.save_pretrained(folder)
+        save_tokenizer(model.tokenizer, config.data.template, folder)
     text = json.dumps(described, indent=2, sort_keys=True, default=str)
     if adapter.side:
         _save_side(adapter.side, described, folder / SIDE_FOLDER)
     write_atomically(folder / "adapter_config.json", text.encode())
     write_tensors(folder / "adapter_model.safetensors", tensors, {"format": "pt"})
+
+
+def save_tokenizer(tokenizer: PreTrainedTokenizerBase, template: Template, folder: Path) -> None:
+    """Write the tokenizer with `template` as its chat template, whichever it had; none, where that cannot be said."""
+    exported = copy.copy(tokenizer)
+    exported.chat_template = chat_template_of(template, tokenizer)
+    exported.save_pretrained(folder)
 
 
 def _save_side(side: Mapping[str, LowRank], described: Mapping[str, Any], folder: Path) -> None:
@@ -98,7 +108,7 @@ def _peft_tensors(file: Path) -> dict[str, Tensor]:
     return {name.removeprefix(PEFT_PREFIX): tensor for name, tensor in load_file(file).items()}
 
 
-def save_merged(adapter_folder: Path, target: Path, base_path: str) -> None:
+def save_merged(adapter_folder: Path, target: Path, config: RunConfig) -> None:
     """Write base + adapter as one ordinary model, in the base's own dtype, with its tokenizer.
 
     The sum is computed in float32 and rounded once.
@@ -109,9 +119,9 @@ def save_merged(adapter_folder: Path, target: Path, base_path: str) -> None:
     """
     if not (adapter_folder / "adapter_config.json").is_file():
         raise EngineError(f"{adapter_folder} holds no adapter. The run writes it when its last round is done.")
-    if target.exists() and not (target.is_dir() and not any(target.iterdir())):
-        raise EngineError(f"{target} exists and is no empty folder. Give a new one.")
-    base = AutoModelForCausalLM.from_pretrained(resolve_path(base_path), dtype="auto")
+    check_new(target)
+    tokenizer = load_tokenizer(str(adapter_folder))
+    base = AutoModelForCausalLM.from_pretrained(resolve_path(config.model.path), dtype="auto")
     dtype = base.dtype
     with warnings.catch_warnings():
         # PEFT asks for an attribute that transformers is about to drop.
@@ -122,13 +132,36 @@ def save_merged(adapter_folder: Path, target: Path, base_path: str) -> None:
             names.append(SIDE_FOLDER)
             tuned.load_adapter(str(adapter_folder / SIDE_FOLDER), SIDE_FOLDER)
         merged = tuned.merge_and_unload(adapter_names=names)
+    ends = merged.generation_config.eos_token_id
+    ends = ends if isinstance(ends, list) else [] if ends is None else [ends]
+    if tokenizer.eos_token_id not in ends:  # answers were tuned to end with this one
+        merged.generation_config.eos_token_id = [tokenizer.eos_token_id, *ends]
+    with whole_folder(target) as partial:
+        merged.to(dtype).save_pretrained(partial)
+        save_tokenizer(tokenizer, config.data.template, partial)
+
+
+def check_new(target: Path) -> None:
+    """Raise EngineError unless `target` is an empty folder or nothing."""
+    if target.exists() and not (target.is_dir() and not any(target.iterdir())):
+        raise EngineError(f"{target} exists and is no empty folder. Give a new one.")
+
+
+@contextmanager
+def whole_folder(target: Path) -> Iterator[Path]:
+    """Yield a folder to write into, which takes the place of `target` once all is written; nothing is left otherwise.
+
+    Raises:
+        EngineError: `target` is not empty.
+        FeditError: it cannot be written.
+    """
+    check_new(target)
     partial = target.with_name(f".{target.name}.partial")
     try:
         with _refusals(target):
             shutil.rmtree(partial, ignore_errors=True)
             partial.mkdir(parents=True)
-            merged.to(dtype).save_pretrained(partial)
-            load_tokenizer(str(adapter_folder)).save_pretrained(partial)
+            yield partial
             partial.replace(target)
     finally:
         shutil.rmtree(partial, ignore_errors=True)
@@ -139,5 +172,7 @@ def _refusals(folder: Path) -> Iterator[None]:
     """Turn what writing into `folder` raises into a `FeditError`."""
     try:
         yield
+    except FeditError:
+        raise
     except Exception as error:  # tokenizers raises a bare Exception where the disk is full, safetensors one of its own
         raise FeditError(f"{folder} could not be written: {error}. Make room or mend the permissions.") from error

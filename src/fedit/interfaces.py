@@ -234,6 +234,10 @@ class Template(Plugin):
         """Return the segments. The last is supervised; joining the texts before it gives the prompt of generation."""
         raise NotImplementedError
 
+    def chat_template(self, tokenizer: PreTrainedTokenizerBase) -> str | None:
+        """Return Jinja text that renders chats so, for others; BOS is put before it. None: others have none."""
+        return None
+
 
 class Partition(Plugin):
     """Who owns which example."""

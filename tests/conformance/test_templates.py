@@ -12,7 +12,7 @@ from transformers import PreTrainedTokenizerFast
 
 from fedit.config import load_plugins
 from fedit.data import Dropped, encode, encode_prompt
-from fedit.interfaces import DataError, EncodedExample, Example, Template, Turn, plugins
+from fedit.interfaces import DataError, EncodedExample, Example, Segment, Template, Turn, plugins
 
 load_plugins()
 
@@ -72,6 +72,14 @@ def sentencepiece() -> Tokenizer:
     return backend
 
 
+def spaced_at_the_start() -> Tokenizer:
+    """As newer Llamas: a space before a text, but not before what follows a special token in it."""
+    backend = sentencepiece()
+    backend.normalizer = normalizers.Sequence([])
+    backend.pre_tokenizer = pre_tokenizers.Metaspace(prepend_scheme="first", split=False)
+    return backend
+
+
 def adds_eos() -> Tokenizer:
     backend = byte_level()
     backend.post_processor = processors.TemplateProcessing(
@@ -85,9 +93,12 @@ TOKENIZERS: dict[str, Callable[[], PreTrainedTokenizerFast]] = {
     "byte_level_bos": lambda: wrap(byte_level(bos=True)),
     "adds_eos": lambda: wrap(adds_eos()),
     "sentencepiece": lambda: wrap(sentencepiece()),
+    "spaced_at_the_start": lambda: wrap(spaced_at_the_start()),
     "chatml": lambda: wrap(byte_level(("<s>", "<|im_start|>", "<|im_end|>")), "<|im_end|>", CHATML),
     "chatml_other_eos": lambda: wrap(byte_level(("<s>", "</s>", "<|im_start|>", "<|im_end|>")), "</s>", CHATML),
 }
+SPACED = {"sentencepiece", "spaced_at_the_start", "cria", "stories260K", "textbook3M"}
+"""Those that put a space before a text that is tokenised by itself."""
 SHARED_MODELS = ("stories260K", "textbook3M")
 
 
@@ -229,6 +240,64 @@ def test_a_row_cannot_spell_the_chat_templates_special_tokens(text: str) -> None
     assert isinstance(result, Dropped)
     assert result.source == "rows.jsonl:3"
     assert "spells a special token" in result.reason
+
+
+# --------------------------------------------------------------------------------------- what other programs render
+
+
+def messages_of(example: Example, template: Template) -> list[dict[str, str]]:
+    """Return the chat up to the last question; a context goes into the question as the documentation says."""
+    input_header = "### Input:\n" if template.name == "alpaca" else ""
+    messages = [{"role": "system", "content": example.system}] if example.system else []
+    for turn in example.turns:
+        context = f"\n\n{input_header}{turn.context}" if turn.context else ""
+        messages += [{"role": "user", "content": turn.instruction + context}]
+        messages += [{"role": "assistant", "content": turn.response}]
+    return messages[:-1]
+
+
+@pytest.mark.parametrize("name", [*TOKENIZERS, "cria", *SHARED_MODELS])
+@pytest.mark.parametrize("example", EXAMPLES.values(), ids=EXAMPLES)
+def test_the_exported_tokenizer_makes_the_ids_of_training(request, template, name: str, example, tmp_path) -> None:
+    """As vLLM does: the saved tokenizer renders the chat, and tokenises the text as it is."""
+    from transformers import AutoTokenizer
+
+    from fedit.base import load_tokenizer
+    from fedit.export import save_tokenizer
+
+    if name in TOKENIZERS:
+        tokenizer = TOKENIZERS[name]()
+    else:
+        folder = "builtin:cria" if name == "cria" else str(request.getfixturevalue("shared") / "models" / name)
+        tokenizer = load_tokenizer(folder)
+        tokenizer.chat_template = BRACKETS
+    save_tokenizer(tokenizer, template, tmp_path)
+    saved = AutoTokenizer.from_pretrained(tmp_path)
+    if template.chat_template(tokenizer) is None:
+        assert saved.chat_template is None
+        return
+    text = saved.apply_chat_template(messages_of(example, template), tokenize=False, add_generation_prompt=True)
+    ids = saved(text, add_special_tokens=False)["input_ids"]
+    same = ids == encode_prompt(example, template, tokenizer).tolist()
+    if template.name == "chat" and len(example.turns) > 1 and name in SPACED | {"chatml_other_eos"}:
+        # The tokenizer's own template: no space can be added to earlier answers, nor the EOS that it leaves out.
+        assert not same
+    else:
+        assert same
+
+
+def test_a_template_that_nobody_else_can_render_leaves_no_other_one_behind(registry, tmp_path) -> None:
+    from fedit.export import save_tokenizer
+
+    class Arrow(Template):
+        name = "arrow"
+
+        def render(self, example, tokenizer):
+            return [Segment(f"{example.turns[-1].instruction} => ", False), Segment(example.response, True)]
+
+    save_tokenizer(TOKENIZERS["chatml"](), Arrow(), tmp_path)
+    assert "im_start" not in "".join(path.read_text() for path in tmp_path.glob("*template*"))
+    assert "chat_template" not in (tmp_path / "tokenizer_config.json").read_text()
 
 
 # ------------------------------------------------------------------------------------------------------- real rows

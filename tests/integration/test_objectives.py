@@ -93,7 +93,7 @@ def test_ditto_has_a_model_for_all_and_one_for_each(fedit, recipe, tmp_path) -> 
     assert (out / "adapter" / "adapter_model.safetensors").is_file()
     assert "Clients&#39; own" in (out / "report.html").read_text()
     assert fedit("export", out, "--merged", tmp_path / "all").status == 0
-    assert fedit("export", out, "--merged", tmp_path / "one", "--client", "1").status == 0
+    assert fedit("export", out, "--merged", tmp_path / "one", "--model", "personal/1").status == 0
 
 
 PRUNING = ("objective.name=self-pruning", "objective.strength=10", "aggregation.name=hetlora", "adapter.rank=[4, 2]")

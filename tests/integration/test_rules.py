@@ -92,7 +92,7 @@ def test_a_run_ends_in_what_peft_and_transformers_load(fedit, recipe, tmp_path, 
         loss = model["response_loss"]["all"]
         assert abs(loss - evaluation["base"]["response_loss"]["all"]) > 0.01
         assert response_loss(peft_model(tiny_model_folder, adapter), examples) == pytest.approx(loss, rel=1e-4)
-    chosen = [] if adapters == [run / "adapter"] else ["--client", adapters[-1].name]
+    chosen = [] if adapters == [run / "adapter"] else ["--model", f"federated/{adapters[-1].name}"]
     done = fedit("export", run, "--merged", tmp_path / "merged", *chosen)
     assert done.status == 0, done.stderr
     merged = AutoModelForCausalLM.from_pretrained(tmp_path / "merged").eval()
@@ -151,14 +151,14 @@ def test_a_clients_own_model_is_named(fedit, recipe, tmp_path) -> None:
     assert "mean of 3 clients' own models" in report.replace("&#39;", "'")
     assert "leaves each client a model of its own" in report
     assert "All of them receive the same" not in report
-    for chosen in ([], ["--client", "client9"]):
+    for chosen in ([], ["--model", "federated/client9"]):
         done = fedit("export", tmp_path / "run", "--merged", tmp_path / "merged", *chosen)
         assert done.status != 0
-        assert "a model for each client" in done.stderr
+        assert "Did you mean 'federated/" in done.stderr
     run_rule(fedit, recipe, tmp_path / "plain", "fedit")
-    done = fedit("export", tmp_path / "plain", "--merged", tmp_path / "merged", "--client", "client0")
+    done = fedit("export", tmp_path / "plain", "--merged", tmp_path / "merged", "--model", "federated/client0")
     assert done.status != 0
-    assert "one model for all clients" in done.stderr
+    assert "Did you mean 'federated'?" in done.stderr
 
 
 # ------------------------------------------------------------------------------------------------ compressed messages

@@ -17,7 +17,6 @@ from fedit.interfaces import ConfigError, DataError
 from fedit.report import RunFolder, write_report
 from fedit.report import format as formats
 from fedit.report.finding import state_finding, state_sites
-from fedit.report.render import short_name
 from fedit.report.samples import choose_samples
 from fedit.report.terminal import final_table, preflight_table
 
@@ -385,7 +384,7 @@ def test_a_thousand_clients(tmp_path):
     ],
 )
 def test_models_and_data_have_short_names(path, name):
-    assert short_name(path) == name
+    assert formats.short_name(path) == name
 
 
 @pytest.mark.parametrize("num_clients", [1, 2])

@@ -1,5 +1,6 @@
 """Rows -> `Example` -> token ids: reading, templates, encoding."""
 
+from fedit.data.chat_templates import chat_template_of
 from fedit.data.encoding import Dropped, EncodingReport, encode, encode_all, encode_prompt
 from fedit.data.loading import load_examples
 from fedit.data.templates import AlpacaTemplate, ChatTemplate, PlainTemplate
@@ -10,6 +11,7 @@ __all__ = [
     "Dropped",
     "EncodingReport",
     "PlainTemplate",
+    "chat_template_of",
     "encode",
     "encode_all",
     "encode_prompt",

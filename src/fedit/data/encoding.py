@@ -271,7 +271,7 @@ def _tokenise(
         rendered = [segments[:-1] for segments in rendered]
     texts = [segment.text for segments in rendered for segment in segments]
     ids = iter(_ids(texts, tokenizer, special=template.special_tokens))
-    before = [] if template.special_tokens else _ids_before_text(tokenizer)
+    before = [] if template.special_tokens else ids_before_text(tokenizer)
     joined = [_join(segments, ids, before, eos) for segments in rendered]
     for example, (_, supervised) in zip(examples, joined, strict=True):
         if not len(supervised) or supervised[0]:
@@ -329,7 +329,7 @@ def _ids(texts: Sequence[str], tokenizer: PreTrainedTokenizerBase, special: bool
     return encoding["input_ids"]
 
 
-def _ids_before_text(tokenizer: PreTrainedTokenizerBase) -> list[int]:
+def ids_before_text(tokenizer: PreTrainedTokenizerBase) -> list[int]:
     """Return what the tokenizer puts before a text: BOS, for some models more, for many nothing."""
     bare = tokenizer("a", add_special_tokens=False)["input_ids"]
     full = tokenizer("a")["input_ids"]

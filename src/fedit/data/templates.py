@@ -8,6 +8,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import TYPE_CHECKING, ClassVar
 
+from fedit.data.chat_templates import joint, literal
 from fedit.interfaces import DataError, Example, Segment, Template, Turn
 
 if TYPE_CHECKING:
@@ -34,6 +35,9 @@ class AlpacaTemplate(Template):
             prompts.append(f"### Instruction:\n{turn.instruction}\n\n{context}### Response:\n")
         return _alternate(example, prompts)
 
+    def chat_template(self, tokenizer: PreTrainedTokenizerBase) -> str:
+        return _alternate_in_jinja(tokenizer, "### Instruction:\n", "\n\n### Response:\n")
+
 
 class PlainTemplate(Template):
     r"""The instruction, a blank line and the context (where there is one), a line break, the response.
@@ -49,6 +53,9 @@ class PlainTemplate(Template):
 
     def render(self, example: Example, tokenizer: PreTrainedTokenizerBase) -> list[Segment]:
         return _alternate(example, [f"{_question(turn)}\n" for turn in example.turns])
+
+    def chat_template(self, tokenizer: PreTrainedTokenizerBase) -> str:
+        return _alternate_in_jinja(tokenizer, "", "\n")
 
 
 class ChatTemplate(Template):
@@ -95,6 +102,9 @@ class ChatTemplate(Template):
             done = full
         return segments
 
+    def chat_template(self, tokenizer: PreTrainedTokenizerBase) -> str | None:
+        return tokenizer.get_chat_template() if tokenizer.chat_template else None
+
 
 def _question(turn: Turn) -> str:
     return f"{turn.instruction}\n\n{turn.context}" if turn.context else turn.instruction
@@ -108,6 +118,35 @@ def _alternate(example: Example, prompts: Sequence[str]) -> list[Segment]:
         segments += [Segment(before + prompt, False), Segment(turn.response, True)]
         before = "\n\n"
     return segments
+
+
+_JINJA = """\
+{%- for message in messages %}
+    {%- if message.role == 'system' %}
+        {{- message.content + "\\n\\n" }}
+    {%- elif message.role == 'user' %}
+        {{- OPENING + message.content + CLOSING }}
+    {%- elif message.role == 'assistant' %}
+        {{- ANSWER + message.content + eos_token + ("" if loop.last else AGAIN) }}
+    {%- else %}
+        {{- raise_exception("unknown role: " + message.role) }}
+    {%- endif %}
+{%- endfor %}
+"""
+
+
+def _alternate_in_jinja(tokenizer: PreTrainedTokenizerBase, opening: str, closing: str) -> str:
+    """Return what `_alternate` does with prompts that have `opening` before the question and `closing` after it."""
+    texts = {
+        "OPENING": opening,
+        "CLOSING": closing,
+        "ANSWER": joint("\n", "a", tokenizer),
+        "AGAIN": joint(str(tokenizer.eos_token), "\n\n", tokenizer) + "\n\n",
+    }
+    text = _JINJA
+    for name, value in texts.items():
+        text = text.replace(name, literal(value))
+    return text
 
 
 def _apply(tokenizer: PreTrainedTokenizerBase, messages: list[dict[str, str]], example: Example, asks: bool) -> str:

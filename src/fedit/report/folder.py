@@ -7,10 +7,8 @@ from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
-from urllib.parse import unquote
 
-from fedit.files import folder_name
-from fedit.interfaces import ConfigError, DataError, did_you_mean
+from fedit.interfaces import ConfigError, DataError
 
 
 @dataclass(frozen=True, slots=True)
@@ -67,24 +65,6 @@ class RunFolder:
     def settings(self) -> dict[str, Any]:
         """The configuration as the keys and values of ``-o key.sub=value``."""
         return flatten(self.run)
-
-    def adapter_folder(self, client: str | None = None) -> Path:
-        """Return where the run's adapter is, or a client's own where the aggregation leaves each its own.
-
-        Raises:
-            ConfigError: there is one adapter for all and a client was named, or the other way round.
-        """
-        own = sorted(unquote(item.name) for item in (self.path / "adapters").glob("*"))
-        if client is None and (not own or (self.path / "adapter").is_dir()):
-            return self.path / "adapter"
-        if client not in own:
-            what = (
-                "one model for all clients"
-                if not own
-                else f"a model for each client. {did_you_mean(client or '', own)}"
-            )
-            raise ConfigError(f"--client {client or '(not given)'}: {self.path} holds {what}")
-        return self.path / "adapters" / folder_name(client)
 
     def answers(self) -> Iterator[Mapping[str, Any]]:
         """Yield the lines of ``answers.jsonl`` one by one: a run of many clients has more than fit in memory."""

@@ -1,9 +1,10 @@
-"""Numbers as people read them; shared by the page and the terminal."""
+"""Numbers and names as people read them; shared by the page and the terminal."""
 
 from __future__ import annotations
 
 import math
 from collections.abc import Sequence
+from pathlib import Path
 
 MISSING = "–"
 
@@ -86,3 +87,10 @@ def duration(seconds: float | None) -> str:
 def clip(text: str, length: int) -> str:
     """Return at most `length` characters of `text`, with an ellipsis where some are left out."""
     return text if len(text) <= length else f"{text[: length - 1]}…"
+
+
+def short_name(path: str) -> str:
+    """Return what a person calls a model or data set: ``builtin:cria`` -> cria, ``some/folder/rows.jsonl`` -> rows."""
+    parts = Path(path.removeprefix("builtin:"))
+    name = parts.stem if parts.suffix in {".json", ".jsonl", ".csv", ".parquet"} else parts.name
+    return name if any(letter.isalpha() for letter in name) else "/".join(parts.parts[-2:])

@@ -27,7 +27,7 @@ def leaks(audit: Audit) -> dict[str, Any] | None:
     if not audit:
         return None
     return {
-        "sentences": _sentences(audit),
+        "sentences": sentences(audit),
         "tokens": tokens_figure(audit),
         "roc": roc_figure(audit),
         "updates": [{**each, "label": _label(audit, each)} for each in audit["updates"]],
@@ -90,7 +90,7 @@ def _tokens(recovered: Mapping[str, Any] | None) -> str:
 # ----------------------------------------------------------------------------------------------------- in words
 
 
-def _sentences(audit: Audit) -> list[tuple[str, str]]:
+def sentences(audit: Audit) -> list[tuple[str, str]]:
     """Return who sees what, and what that tells of the run as it is."""
     own = next(iter(audit["labels"]))
     said = []

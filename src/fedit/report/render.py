@@ -12,6 +12,7 @@ from fedit.files import write_atomically
 from fedit.report import format as formats
 from fedit.report import plots
 from fedit.report.benchmarks import benchmarks
+from fedit.report.card import write_cards
 from fedit.report.finding import state_finding, state_privacy, state_sites
 from fedit.report.folder import RunFolder
 from fedit.report.leaks import leaks
@@ -24,7 +25,7 @@ MAX_LISTED = 20
 
 
 def write_report(folder: Path) -> Path:
-    """Write ``report.html`` into a run folder, which may be unfinished, and return its path.
+    """Write ``report.html`` into a run folder, which may be unfinished, and the cards of its adapters; return its path.
 
     The page is a function of the folder's files alone.
 
@@ -32,9 +33,10 @@ def write_report(folder: Path) -> Path:
         ConfigError: `folder` is no run folder.
         DataError: a file of it is damaged.
     """
-    page = render(RunFolder.read(folder))
+    run = RunFolder.read(folder)
     path = folder / "report.html"
-    write_atomically(path, page.encode())
+    write_atomically(path, render(run).encode())
+    write_cards(run)
     return path
 
 
@@ -112,18 +114,11 @@ def _plots(run: RunFolder) -> dict[str, Any]:
 
 
 def _model_name(run: RunFolder) -> str:
-    return short_name(run.run.get("model", {}).get("path", "a model"))
+    return formats.short_name(run.run.get("model", {}).get("path", "a model"))
 
 
 def _data_name(run: RunFolder) -> str:
-    return short_name(run.run.get("data", {}).get("path", "data"))
-
-
-def short_name(path: str) -> str:
-    """Return what a person calls a model or data set: ``builtin:cria`` -> cria, ``some/folder/rows.jsonl`` -> rows."""
-    parts = Path(path.removeprefix("builtin:"))
-    name = parts.stem if parts.suffix in {".json", ".jsonl", ".csv", ".parquet"} else parts.name
-    return name if any(letter.isalpha() for letter in name) else "/".join(parts.parts[-2:])
+    return formats.short_name(run.run.get("data", {}).get("path", "data"))
 
 
 def _models(evaluation: Mapping[str, Any]) -> list[dict[str, Any]]:
