@@ -123,9 +123,10 @@ class _Reference:
 def _agreement(kind: str, got: list[Any], expected: list[Any]) -> str:
     if kind == "generate_until":
         return f"{np.mean([one == two for one, two in zip(got, expected, strict=True)]):.1%} the same text"
-    difference = np.abs(np.array([a for a, _ in got]) - np.array([a for a, _ in expected])).max()
+    ours, theirs = (np.array([value for value, _ in side]) for side in (got, expected))
+    difference = np.linalg.norm(ours - theirs) / np.linalg.norm(theirs)
     greedy = np.mean([one[1] == two[1] for one, two in zip(got, expected, strict=True)])
-    return f"log-likelihoods within {difference:.2g}, {greedy:.1%} the same is_greedy"
+    return f"log-likelihoods differ by {difference:.1%}, {greedy:.1%} the same is_greedy"
 
 
 if __name__ == "__main__":
