@@ -18,6 +18,7 @@ from rich.text import Text
 from fedit.cli_audit import audit_app
 from fedit.cli_federation import federation_app, site_app
 from fedit.cli_judge import judge_app
+from fedit.cli_use import chat, serve, ui
 from fedit.config import DType, RunConfig, load_plugins, parse_config
 from fedit.console import (
     AsJson,
@@ -44,6 +45,8 @@ app.command(federation_app)
 app.command(site_app)
 app.command(audit_app)
 app.command(judge_app)
+for command in (chat, ui, serve):
+    app.command(command)
 
 
 @app.command
@@ -235,40 +238,6 @@ def export(
 
     save_merged(RunFolder.read(folder).adapter_folder(client), merged, config.model.path)
     say(f"Merged model: {merged}")
-
-
-@app.command
-def chat(
-    folder: Path,
-    /,
-    *,
-    base: Annotated[bool, Parameter(negative="", help="Talk to the untuned base instead")] = False,
-    client: Client = None,
-    max_new_tokens: int = 256,
-) -> None:
-    """Talk to a run's federated model on the terminal. /new starts over, /quit (or Ctrl-D) ends."""
-    quiet()
-    from fedit.chat import Conversation
-    from fedit.run_models import RunModels, own_model
-
-    name = "base" if base else own_model(folder, client) if client is not None else "federated"
-    models = RunModels.open(folder, [name])
-    conversation = Conversation(models, name, max_new_tokens)
-    while True:
-        try:
-            line = console.input("[bold]> [/bold]").strip()
-        except (EOFError, KeyboardInterrupt):
-            return
-        if line == "/quit":
-            return
-        if line == "/new":
-            conversation.clear()
-        elif line:
-            try:
-                *_, text = conversation.answer(line)
-                print(text, flush=True)
-            except DataError as error:
-                say(str(error))
 
 
 @app.command
