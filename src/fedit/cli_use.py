@@ -150,8 +150,9 @@ def ui(
         from fedit.web_page import build_page, serve_page
     except ModuleNotFoundError as error:
         raise ConfigError("fedit ui needs Gradio: pip install 'fedit[ui]'") from error
-    from fedit.run_models import RunModels
+    from fedit.run_models import RunModels, model_names
 
+    model_names(folder)  # or it is refused
     with _listening(host, port) as listener:
         page = build_page(RunModels.open(folder, ["base"]))
         chosen = listener.getsockname()[1]
@@ -183,8 +184,8 @@ def serve(
     from fedit.serving import vllm_command
 
     key = os.environ.get("FEDIT_API_KEY") or None
+    names = resolve_names(folder, models) if models else model_names(folder)
     with _listening(host, port) as listener:
-        names = resolve_names(folder, models) if models else model_names(folder)
         opened = RunModels.open(folder, names[-1:])
         shown = f"[{host}]" if ":" in host else host
         if key is None:

@@ -428,7 +428,7 @@ def test_output_for_scripts(fedit, recipe, tmp_path) -> None:
 
 
 def test_help_of_every_command(fedit) -> None:
-    for command in ("run", "check", "partition", "report", "export", "chat", "plugins"):
+    for command in ("run", "check", "partition", "report", "export", "chat", "ui", "serve", "plugins"):
         done = fedit(command, "--help")
         assert done.status == 0
         assert f"fedit {command}" in done.stdout

@@ -110,7 +110,7 @@ def test_stop_clear_and_errors(page: Page) -> None:
     stopped = said(page, "base")
     ask(page, "ab 1?")  # the conversation goes on
     wait_until_quiet(page, 4)
-    assert said(page, "base")[:2] == stopped
+    assert said(page, "base")[1].startswith(stopped[1]), "what was said by then is part of it"
     assert len(said(page, "base")[3]) > len(stopped[1]) > 0
     press(page, "Clear")
     page.wait_for(f"{messages('chats')}.length == 0")
