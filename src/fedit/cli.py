@@ -21,6 +21,7 @@ from fedit.cli_export import export_app
 from fedit.cli_federation import federation_app, site_app
 from fedit.cli_judge import judge_app
 from fedit.cli_track import track_app
+from fedit.cli_use import chat, serve, ui
 from fedit.config import DType, RunConfig, load_plugins
 from fedit.console import (
     AsJson,
@@ -50,6 +51,8 @@ app.command(judge_app)
 app.command(evaluate_app)
 app.command(export_app)
 app.command(track_app)
+for command in (chat, ui, serve):
+    app.command(command)
 
 
 @app.command
@@ -223,43 +226,6 @@ def report(folder: Path, /) -> None:
     from fedit.report import write_report
 
     say(f"Report: {write_report(folder)}")
-
-
-Client = Annotated[str | None, Parameter(help="Whose model, where the aggregation leaves each client its own")]
-
-
-@app.command
-def chat(
-    folder: Path,
-    /,
-    *,
-    base: Annotated[bool, Parameter(negative="", help="Talk to the untuned base instead")] = False,
-    client: Client = None,
-    max_new_tokens: int = 256,
-) -> None:
-    """Talk to a run's federated model on the terminal. /new starts over, /quit (or Ctrl-D) ends."""
-    quiet()
-    from fedit.chat import Conversation
-    from fedit.run_models import RunModels, own_model
-
-    name = "base" if base else own_model(folder, client) if client is not None else "federated"
-    models = RunModels.open(folder, [name])
-    conversation = Conversation(models, name, max_new_tokens)
-    while True:
-        try:
-            line = console.input("[bold]> [/bold]").strip()
-        except (EOFError, KeyboardInterrupt):
-            return
-        if line == "/quit":
-            return
-        if line == "/new":
-            conversation.clear()
-        elif line:
-            try:
-                *_, text = conversation.answer(line)
-                print(text, flush=True)
-            except DataError as error:
-                say(str(error))
 
 
 @app.command

@@ -4,9 +4,9 @@ from __future__ import annotations
 
 import queue
 import threading
-from collections.abc import Generator, Sequence
+from collections.abc import Callable, Generator, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -43,8 +43,8 @@ class Sampling:
         """Return what transformers' `generate` is told."""
         if self.temperature == 0:
             return {"do_sample": False}
-        # top_k has a default of 50 there.
-        return {"do_sample": True, "temperature": self.temperature, "top_p": self.top_p, "top_k": 0}
+        # It refuses a whole number, and top_k has a default of 50 there.
+        return {"do_sample": True, "temperature": float(self.temperature), "top_p": self.top_p, "top_k": 0}
 
 
 GREEDY = Sampling()
@@ -66,12 +66,25 @@ def generate(
     the batch reaches the model's context: no prompt without room for `max_new_tokens` should share a batch with shorter
     ones.
     """
-    stopped = _Said(model.tokenizer, max(len(prompt) for prompt in prompts), stops) if stops else None
-    tokens = _continue(model, prompts, slots, max_new_tokens, sampling, stopped=stopped)
+    said = _Said(model.tokenizer, max(len(prompt) for prompt in prompts), stops) if stops else None
+    tokens = _continue(model, prompts, slots, max_new_tokens, sampling, criterion=said)
     texts = model.tokenizer.batch_decode(tokens, skip_special_tokens=True)
     for stop in stops:
         texts = [text.partition(stop)[0] for text in texts]
     return texts
+
+
+@dataclass(frozen=True, slots=True)
+class Continuation:
+    """What follows a prompt, so far."""
+
+    text: str = ""
+    num_tokens: int = 0
+    """The end-of-sequence token counts."""
+    is_finished: bool = False
+    """Whether that token came"""
+    whole: str = ""
+    """The text, with what may be the first bytes of a character"""
 
 
 def stream(
@@ -80,38 +93,52 @@ def stream(
     slots: Sequence[int],
     max_new_tokens: int,
     sampling: Sampling = GREEDY,
-) -> Generator[list[str]]:
-    """Yield the continuations so far, after each token; the last are those of `generate`.
+    is_unwanted: Callable[[int], bool] = lambda row: False,
+) -> Generator[list[Continuation]]:
+    """Yield the continuations so far, after each token; the last texts are those of `generate`.
 
-    A character whose bytes are not complete is left out until they are. Closing the iterator ends the work.
+    A character whose bytes are not complete is left out until they are. Closing the iterator ends the work; a row that
+    `is_unwanted` (asked by another thread) ends before the others.
     """
     tokens: queue.SimpleQueue[list[int] | None] = queue.SimpleQueue()
     stopped = threading.Event()
+    criterion = _Unwanted(lambda row: stopped.is_set() or is_unwanted(row))
 
     def work() -> None:
         try:
-            _continue(model, prompts, slots, max_new_tokens, sampling, _Tokens(tokens), _Stopped(stopped))
+            _continue(model, prompts, slots, max_new_tokens, sampling, _Tokens(tokens), criterion)
         finally:
             tokens.put(None)
 
+    eos = model.tokenizer.eos_token_id
     rows: list[list[int]] = [[] for _ in prompts]
-    texts = [""] * len(prompts)
+    so_far = [Continuation() for _ in prompts]
     with ThreadPoolExecutor(1) as pool:
         finished = pool.submit(work)
         try:
             while (step := tokens.get()) is not None:
-                for row, token in zip(rows, step, strict=True):
-                    row.append(token)
-                decoded = model.tokenizer.batch_decode(rows, skip_special_tokens=True)
-                texts = [
-                    before if now.endswith(UNFINISHED) else now for now, before in zip(decoded, texts, strict=True)
+                for row, token, before in zip(rows, step, so_far, strict=True):
+                    if not before.is_finished:
+                        row.append(token)
+                so_far = [
+                    _continuation(before, text, row, row[-1] == eos)
+                    for before, text, row in zip(so_far, _texts(model, rows), rows, strict=True)
                 ]
-                yield texts
+                yield so_far
             finished.result()
-            if texts != (whole := model.tokenizer.batch_decode(rows, skip_special_tokens=True)):
-                yield whole
+            if any(row.text != row.whole for row in so_far):
+                yield [replace(row, text=row.whole) for row in so_far]
         finally:
             stopped.set()
+
+
+def _continuation(before: Continuation, text: str, row: Sequence[int], is_finished: bool) -> Continuation:
+    is_open = text.endswith(UNFINISHED) and not is_finished
+    return Continuation(before.text if is_open else text, len(row), is_finished, text)
+
+
+def _texts(model: StackedModel, rows: list[list[int]]) -> list[str]:
+    return model.tokenizer.batch_decode(rows, skip_special_tokens=True)
 
 
 @torch.inference_mode()
@@ -122,7 +149,7 @@ def _continue(
     max_new_tokens: int,
     sampling: Sampling,
     streamer: BaseStreamer | None = None,
-    stopped: StoppingCriteria | None = None,
+    criterion: StoppingCriteria | None = None,
 ) -> Tensor:
     """Return the ids that follow each prompt, int64 [prompts, T]."""
     length = max(len(prompt) for prompt in prompts)
@@ -143,7 +170,7 @@ def _continue(
             attention_mask=attention_mask.to(model.device),
             max_new_tokens=max(1, int(min(max_new_tokens, model.room(length)))),
             streamer=streamer,
-            stopping_criteria=None if stopped is None else StoppingCriteriaList([stopped]),
+            stopping_criteria=None if criterion is None else StoppingCriteriaList([criterion]),
             **sampling.options(),
         )
     return output[:, length:]
@@ -165,14 +192,15 @@ class _Tokens(BaseStreamer):
         """Nothing is left to say: the queue's end is put when `generate` has returned."""
 
 
-class _Stopped(StoppingCriteria):
-    """Ends all rows once nobody reads them any more."""
+class _Unwanted(StoppingCriteria):
+    """Ends the rows that nobody reads any more."""
 
-    def __init__(self, stopped: threading.Event) -> None:
-        self._stopped = stopped
+    def __init__(self, is_unwanted: Callable[[int], bool]) -> None:
+        self._is_unwanted = is_unwanted
 
     def __call__(self, input_ids: Any, scores: Any, **options: Any) -> Any:
-        return torch.full((len(input_ids),), self._stopped.is_set(), dtype=torch.bool, device=input_ids.device)
+        unwanted = [self._is_unwanted(row) for row in range(len(input_ids))]
+        return torch.tensor(unwanted, dtype=torch.bool, device=input_ids.device)
 
 
 class _Said(StoppingCriteria):

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -16,7 +16,7 @@ from fedit.evaluation.heldout import together
 from fedit.evaluation.metrics import FEDERATED_PREFIX, LOCAL_PREFIX, PERSONAL_PREFIX
 from fedit.export import load_adapter
 from fedit.files import folder_name
-from fedit.generation import GREEDY, Sampling, stream
+from fedit.generation import GREEDY, Continuation, Sampling, stream
 from fedit.interfaces import Adapter, ConfigError, DataError, EngineError, Example, did_you_mean
 from fedit.model import StackedModel
 from fedit.prepare import prepare_model
@@ -69,27 +69,15 @@ def resolve_names(folder: Path, wanted: Sequence[str]) -> list[str]:
     return list(dict.fromkeys(names))
 
 
-def own_model(folder: Path, client: str) -> str:
-    """Return the name of a client's own model, where the run left each client one.
-
-    Raises:
-        ConfigError: it did not, or there is no such client.
-    """
-    known = model_names(folder)
-    name = next((prefix + client for prefix in (FEDERATED_PREFIX, PERSONAL_PREFIX) if prefix + client in known), None)
-    if name is None:
-        own = [name.partition("/")[2] for name in known if name.startswith((FEDERATED_PREFIX, PERSONAL_PREFIX))]
-        what = f"a model for each client. {did_you_mean(client, own)}" if own else "one model for all clients"
-        raise ConfigError(f"--client {client}: {folder} holds {what}")
-    return name
-
-
 @dataclass(frozen=True, eq=False)
 class RunModels:
     """Models of one run on its resident base, to be asked together."""
 
+    folder: Path
     config: RunConfig
     model: StackedModel
+    initial: Adapter
+    """The untrained adapter that all of them started from"""
     adapters: Mapping[str, Adapter | None]
     """By name; None: the base itself"""
 
@@ -110,16 +98,28 @@ class RunModels:
                 f"{folder} was run on another base: the weights of [model] path = {config.model.path!r} are "
                 f"{prepared.weights_sha256[:12]}... here, expected {expected[:12]}... Restore the model."
             )
-        clients = {client: holding["rows"] for client, holding in run.partition.get("clients", {}).items()}
-        adapters = saved_adapters(config, clients, prepared.initial, folder / "baselines", names)
+        return cls(folder, config, prepared.model, prepared.initial, {}).with_models(names)
+
+    def with_models(self, wanted: Sequence[str]) -> RunModels:
+        """Return the same base with the adapters of more models (`resolve_names`).
+
+        Raises:
+            ConfigError: as `resolve_names`.
+        """
+        if all(name in self.adapters for name in wanted):
+            return self
+        names = [name for name in resolve_names(self.folder, wanted) if name not in self.adapters]
+        holdings = RunFolder.read(self.folder).partition.get("clients", {})
+        clients = {client: holding["rows"] for client, holding in holdings.items()}
+        adapters = saved_adapters(self.config, clients, self.initial, self.folder / "baselines", names)
         found: dict[str, Adapter | None] = {BASE: None, **adapters}
         for name in names:
             if name not in found:
                 kind, _, client = name.partition("/")
                 assert kind in {"federated", "personal"}
-                place = folder / "adapters" / folder_name(client) if client else folder / "adapter"
-                found[name] = load_adapter(place, config)
-        return cls(config, prepared.model, {name: found[name] for name in names})
+                place = self.folder / "adapters" / folder_name(client) if client else self.folder / "adapter"
+                found[name] = load_adapter(place, self.config)
+        return replace(self, adapters={**self.adapters, **{name: found[name] for name in names}})
 
     def answer(
         self, conversations: Mapping[str, Example], max_new_tokens: int, sampling: Sampling = GREEDY
@@ -132,15 +132,29 @@ class RunModels:
         Raises:
             DataError: a last question alone is too long.
         """
-        prompts = {name: self.prompt(conversation, max_new_tokens) for name, conversation in conversations.items()}
-        asked = {name: self.adapters[name] for name in conversations}
-        answers = dict.fromkeys(conversations, "")
-        for names in together(asked, len(asked)):
-            self.model.fill([asked[name] for name in names])
-            slots = range(len(names))
-            for texts in stream(self.model, [prompts[name] for name in names], slots, max_new_tokens, sampling):
-                answers |= {name: text.strip() for name, text in zip(names, texts, strict=True)}
-                yield dict(answers)
+        asked = [(name, self.prompt(conversation, max_new_tokens)) for name, conversation in conversations.items()]
+        for answers in self.stream(asked, max_new_tokens, sampling):
+            yield {name: answer.text.strip() for (name, _), answer in zip(asked, answers, strict=True)}
+
+    def stream(
+        self,
+        asked: Sequence[tuple[str, np.ndarray]],
+        max_new_tokens: int,
+        sampling: Sampling = GREEDY,
+        is_unwanted: Callable[[int], bool] = lambda row: False,
+    ) -> Iterator[list[Continuation]]:
+        """Yield what follows each pair of a model and a prompt (`encode_prompt`) so far (`fedit.generation.stream`)."""
+        adapters = {name: self.adapters[name] for name, _ in asked}
+        so_far = [Continuation() for _ in asked]
+        for names in together(adapters, len(adapters)):
+            self.model.fill([adapters[name] for name in names])
+            rows = [row for row, (name, _) in enumerate(asked) if name in names]
+            prompts, slots = [asked[row][1] for row in rows], [names.index(asked[row][0]) for row in rows]
+            unwanted = lambda place, rows=rows: is_unwanted(rows[place])
+            for continued in stream(self.model, prompts, slots, max_new_tokens, sampling, unwanted):
+                for row, continuation in zip(rows, continued, strict=True):
+                    so_far[row] = continuation
+                yield list(so_far)
 
     def prompt(self, conversation: Example, max_new_tokens: int) -> np.ndarray:
         """Return the ids (int32 [T]) that ask for the last response of a conversation.

@@ -69,6 +69,17 @@ def fedit(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch, t
 
 
 @pytest.fixture(scope="session")
+def asked_run(tmp_path_factory: pytest.TempPathFactory, tiny_model_folder: Path, rows: list[dict[str, str]]) -> Path:
+    """A finished run with baselines, whose models are asked; nothing is written to it."""
+    folder = tmp_path_factory.mktemp("asked")
+    (folder / "rows.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    (folder / "recipe.toml").write_text(RECIPE.format(model=tiny_model_folder, data=folder / "rows.jsonl"))
+    with pytest.raises(SystemExit, match="0"):
+        cli.main(["run", str(folder / "recipe.toml"), "--out", str(folder / "run")])
+    return folder / "run"
+
+
+@pytest.fixture(scope="session")
 def rows() -> list[dict[str, str]]:
     """24 rows of 2 categories and 3 clients; the last client's responses end with a tilde."""
     return [

@@ -226,7 +226,7 @@ def test_output_with_a_run(fedit, refused, recipe, tmp_path) -> None:
     assert f"fedit run --resume {out}" in refused("ConfigError", *options(rounds=7))
 
 
-@pytest.mark.parametrize("command", ["report", "chat", "export", "resume"])
+@pytest.mark.parametrize("command", ["report", "chat", "ui", "serve", "export", "resume"])
 @pytest.mark.parametrize("kind", ["absent", "empty"])
 def test_a_folder_that_is_no_run(fedit, tmp_path, command: str, kind: str) -> None:
     folder = tmp_path / kind

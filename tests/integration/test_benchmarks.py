@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
 import re
 from collections.abc import Sequence
@@ -176,7 +177,7 @@ def test_all_models_answer_when_the_first_is_asked(models: RunModels, run: Path,
         assert len(passes) == 1
     assert len({values[0][0] for values in got.values()}) == 4
     for name in model.names:
-        alone = HarnessModel(RunModels(models.config, models.model, {name: models.adapters[name]}))
+        alone = HarnessModel(dataclasses.replace(models, adapters={name: models.adapters[name]}))
         np.testing.assert_allclose(
             [value for value, _ in alone.loglikelihood(asked)], [value for value, _ in got[name]], atol=1e-4
         )

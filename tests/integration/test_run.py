@@ -7,8 +7,7 @@ import os
 import re
 import resource
 import shutil
-import sys
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -29,7 +28,6 @@ from fedit.generation import generate
 from fedit.interfaces import plugins
 from fedit.model import StackedModel
 from fedit.prepare import FederatedData, prepare_data
-from fedit.run_models import RunModels
 
 load_plugins()
 
@@ -361,49 +359,6 @@ def test_exporting_an_unfinished_run(fedit, finished, tmp_path) -> None:
 # ------------------------------------------------------------------------------------------------- the other commands
 
 
-def typed(monkeypatch: pytest.MonkeyPatch, lines: Sequence[str]) -> None:
-    from io import StringIO
-
-    monkeypatch.setattr(sys, "stdin", StringIO("".join(f"{line}\n" for line in lines)))
-
-
-def test_chat(fedit, finished, monkeypatch) -> None:
-    """Answers on stdout, one after the other; /new forgets, so the same question has the same answer again."""
-    typed(monkeypatch, ["ab 1?", "", "/new", "ab 1?", "/quit", "never asked"])
-    done = fedit("chat", finished, "--max-new-tokens", "5")
-    assert done.status == 0, done.stderr
-    first, second, *rest = done.stdout.split("\n")
-    assert first == second
-    assert rest in ([""], ["", ""])
-
-    typed(monkeypatch, ["ab 1?"])  # and the end of the input ends it
-    assert fedit("chat", finished, "--base", "--max-new-tokens", "5").status == 0
-
-
-def test_chat_remembers_the_turns(fedit, finished, monkeypatch) -> None:
-    prompts: list[np.ndarray] = []
-    prompt = RunModels.prompt
-
-    def noted(self: RunModels, *arguments: Any) -> np.ndarray:
-        prompts.append(prompt(self, *arguments))
-        return prompts[-1]
-
-    monkeypatch.setattr(RunModels, "prompt", noted)
-    typed(monkeypatch, ["ab 1?", "why?", "/new", "ab 1?"])
-    assert fedit("chat", finished, "--max-new-tokens", "5").status == 0
-    first, second, third = (ids.tolist() for ids in prompts)
-    assert len(second) > len(first) == len(third)
-    assert first == third
-
-
-def test_chat_goes_on_after_a_question_that_is_too_long(fedit, finished, monkeypatch) -> None:
-    typed(monkeypatch, ["ab 1?", "x" * 5000, "ab 1?"])
-    done = fedit("chat", finished, "--max-new-tokens", "5")
-    assert done.status == 0, done.stderr
-    assert "The question has" in done.stderr
-    assert len(done.stdout.splitlines()) >= 2
-
-
 def test_report_again(fedit, finished) -> None:
     (finished / "report.html").unlink()
     done = fedit("report", finished)
@@ -473,7 +428,7 @@ def test_output_for_scripts(fedit, recipe, tmp_path) -> None:
 
 
 def test_help_of_every_command(fedit) -> None:
-    for command in ("run", "check", "partition", "report", "export", "chat", "plugins"):
+    for command in ("run", "check", "partition", "report", "export", "chat", "ui", "serve", "plugins"):
         done = fedit(command, "--help")
         assert done.status == 0
         assert f"fedit {command}" in done.stdout

@@ -15,11 +15,11 @@ import torch
 
 from fedit.config import parse_config
 from fedit.evaluation.heldout import response_losses
-from fedit.generation import Sampling, generate, stream
+from fedit.generation import Continuation, Sampling, generate, stream
 from fedit.interfaces import ConfigError, DataError, EngineError, Example, Turn
 from fedit.prepare import prepare_data
 from fedit.report import RunFolder
-from fedit.run_models import RunModels, model_names, own_model, resolve_names
+from fedit.run_models import RunModels, model_names, resolve_names
 
 RULES = {
     "fedit": (),
@@ -113,8 +113,10 @@ def test_a_stream_grows_and_ends_where_generation_does(finished) -> None:
     prompts = [np.array([0, 70, 71, 72], np.int32), np.array([0, 80], np.int32)]
     for sampling in (Sampling(), Sampling(temperature=1.5, top_p=0.9, seed=3)):
         whole = generate(models.model, prompts, [0, 1], 12, sampling)
-        steps = list(stream(models.model, prompts, [0, 1], 12, sampling))
+        continuations = list(stream(models.model, prompts, [0, 1], 12, sampling))
+        steps = [[row.text for row in rows] for rows in continuations]
         assert steps[-1] == whole
+        assert all(row.is_finished or row.num_tokens == 12 for row in continuations[-1])
         assert 2 < len(steps) <= 13
         for earlier, later in itertools.pairwise(steps):
             assert all(after.startswith(before) for before, after in zip(earlier, later, strict=True))
@@ -128,7 +130,7 @@ def test_sampling_draws_by_its_seed_and_leaves_other_draws_alone(finished) -> No
     expected = torch.rand(3)
     torch.manual_seed(5)
     drawn = {seed: generate(models.model, prompts, [0], 20, Sampling(1.0, 1.0, seed)) for seed in (1, 2)}
-    again = generate(models.model, prompts, [0], 20, Sampling(1.0, 1.0, 1))
+    again = generate(models.model, prompts, [0], 20, Sampling(1, 1, 1))
     free = [generate(models.model, prompts, [0], 20, Sampling(1.0)) for _ in range(2)]
     assert torch.equal(torch.rand(3), expected)
     assert drawn[1] == again != drawn[2]
@@ -155,6 +157,34 @@ def test_a_stream_that_is_closed_stops(finished, monkeypatch) -> None:
     assert calls < 400
 
 
+def test_a_row_that_nobody_reads_ends_alone(finished) -> None:
+    models = RunModels.open(finished)
+    models.model.fill(list(models.adapters.values()))
+    prompts = [np.array([0, 70, 71, 72], np.int32), np.array([0, 80], np.int32)]
+    alone = list(stream(models.model, prompts[:1], [0], 30))[-1][0]
+    seen: list[Continuation] = []
+    is_unwanted = lambda row: row == 1 and len(seen) > 3
+    seen.extend(first for first, _ in stream(models.model, prompts, [0, 0], 30, is_unwanted=is_unwanted))
+    assert seen[-1] == alone
+    assert len(seen) > 20
+
+
+def test_more_models_on_the_same_base(finished) -> None:
+    models = RunModels.open(finished, ["base"])
+    more = models.with_models(["federated", "local/0"])
+    assert more.model is models.model
+    assert list(more.adapters) == ["base", "federated", "local/0"]
+    assert more.with_models(["federated"]) is more
+    opened = RunModels.open(finished, ["local/0", "federated"])
+    for name, adapter in opened.adapters.items():
+        assert adapter is not None
+        own = more.adapters[name]
+        assert own is not None
+        assert all(torch.equal(tensor, own.tensors[key]) for key, tensor in adapter.tensors.items())
+    with pytest.raises(ConfigError, match="no model 'local/9'"):
+        models.with_models(["local/9"])
+
+
 @pytest.mark.parametrize(
     ("temperature", "top_p", "message"),
     [(-1.0, 1.0, "temperature = -1.0"), (0.0, 0.0, "top_p = 0.0"), (1.0, 1.5, "top_p = 1.5")],
@@ -167,8 +197,6 @@ def test_impossible_sampling_is_refused(temperature: float, top_p: float, messag
 def test_what_cannot_be_opened_is_said(fedit, recipe, finished, tmp_path) -> None:
     with pytest.raises(ConfigError, match=r"no model 'local/9'\. Did you mean 'local/"):
         RunModels.open(finished, ["local/9"])
-    with pytest.raises(ConfigError, match="one model for all clients"):
-        own_model(finished, "0")
     shutil.copytree(finished, tmp_path / "unfinished")
     shutil.rmtree(tmp_path / "unfinished" / "adapter")
     with pytest.raises(ConfigError, match="Finish it with `fedit run --resume"):
