@@ -26,12 +26,12 @@ from fedit.console import (
     Track,
     console,
     load,
-    new_folder,
     print_json,
     quiet,
     resumed,
     say,
 )
+from fedit.files import new_folder
 from fedit.interfaces import ConfigError, DataError, FeditError
 
 if TYPE_CHECKING:
