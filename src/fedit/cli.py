@@ -31,12 +31,12 @@ from fedit.console import (
     Track,
     console,
     load,
-    new_folder,
     print_json,
     quiet,
     resumed,
     say,
 )
+from fedit.files import new_folder
 from fedit.interfaces import ConfigError, DataError, EngineError, FeditError, plugin_kinds, plugins
 from fedit.logs import log_to_stderr
 

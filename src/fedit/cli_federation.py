@@ -9,7 +9,7 @@ import sys
 import threading
 import time
 from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, Literal
 
@@ -26,12 +26,12 @@ from fedit.console import (
     Track,
     console,
     load,
-    new_folder,
     print_json,
     quiet,
     resumed,
     say,
 )
+from fedit.files import new_folder
 from fedit.interfaces import ConfigError, DataError, FeditError
 
 if TYPE_CHECKING:
@@ -216,13 +216,20 @@ def status(
     if as_json:
         print_json(federation_status(server))
         return
-    with Live(_status_table(federation_status(server)), console=console, auto_refresh=False) as live:
-        while follow:
-            try:
-                time.sleep(2)
-            except KeyboardInterrupt:
-                return
-            live.update(_status_table(federation_status(server)), refresh=True)
+    if not follow:
+        console.print(_status_table(federation_status(server)))
+        return
+    with (
+        suppress(KeyboardInterrupt),
+        Live(console=console, auto_refresh=False, transient=not console.is_terminal) as live,
+    ):
+        while True:
+            table = _status_table(federation_status(server))
+            if console.is_terminal:
+                live.update(table, refresh=True)
+            else:
+                console.print(table)
+            time.sleep(2)
 
 
 def _status_table(status: Mapping[str, Any]) -> Group:

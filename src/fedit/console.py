@@ -82,11 +82,3 @@ def described_run(folder: Path) -> dict[str, Any]:
     from fedit.report import RunFolder
 
     return dict(RunFolder.read(folder).config)
-
-
-def new_folder(name: str) -> Path:
-    """Return runs/<name>, or the first of runs/<name>-2, -3, ... that does not exist."""
-    folder, number = Path("runs") / name, 2
-    while folder.exists():
-        folder, number = Path("runs") / f"{name}-{number}", number + 1
-    return folder

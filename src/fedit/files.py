@@ -137,3 +137,11 @@ def _unwritable(path: Path, error: OSError | SafetensorError) -> FeditError:
 def folder_name(client: str) -> str:
     """Return a folder's name for a client, percent-encoded, dots too: a client named ".." stays where it belongs."""
     return quote(client, safe="").replace(".", "%2E")
+
+
+def new_folder(name: str) -> Path:
+    """Return runs/<name>, or the first of runs/<name>-2, -3, ... that does not exist."""
+    folder, number = Path("runs") / name, 2
+    while folder.exists():
+        folder, number = Path("runs") / f"{name}-{number}", number + 1
+    return folder

@@ -17,7 +17,7 @@ from fedit.evaluation.metrics import FEDERATED_PREFIX, LOCAL_PREFIX, PERSONAL_PR
 from fedit.export import load_adapter
 from fedit.files import folder_name
 from fedit.generation import GREEDY, Continuation, Sampling, stream
-from fedit.interfaces import Adapter, ConfigError, DataError, EngineError, Example, did_you_mean
+from fedit.interfaces import Adapter, ConfigError, DataError, EngineError, Example, Turn, did_you_mean
 from fedit.model import StackedModel
 from fedit.prepare import prepare_model
 from fedit.report import RunFolder
@@ -82,13 +82,14 @@ class RunModels:
     """By name; None: the base itself"""
 
     @classmethod
-    def open(cls, folder: Path, wanted: Sequence[str] = (FEDERATED,)) -> RunModels:
+    def open(cls, folder: Path | str, wanted: Sequence[str] = (FEDERATED,)) -> RunModels:
         """Load the base of the run in `folder` and the adapters of the `wanted` models (`resolve_names`).
 
         Raises:
             ConfigError: as `resolve_names`.
             EngineError: the base cannot be loaded, or is another than the run's.
         """
+        folder = Path(folder)
         names = resolve_names(folder, wanted)
         run, config = _described(folder)
         prepared = prepare_model(config)
@@ -120,6 +121,16 @@ class RunModels:
                 place = self.folder / "adapters" / folder_name(client) if client else self.folder / "adapter"
                 found[name] = load_adapter(place, self.config)
         return replace(self, adapters={**self.adapters, **{name: found[name] for name in names}})
+
+    def ask(self, question: str, max_new_tokens: int = 64, sampling: Sampling = GREEDY) -> dict[str, str]:
+        """Return, by model, the answer to a question that no turn came before.
+
+        Raises:
+            DataError: it is too long.
+        """
+        asked = dict.fromkeys(self.adapters, Example((Turn(question, ""),)))
+        *_, answers = self.answer(asked, max_new_tokens, sampling)
+        return answers
 
     def answer(
         self, conversations: Mapping[str, Example], max_new_tokens: int, sampling: Sampling = GREEDY

@@ -13,6 +13,8 @@ import pytest
 from packaging.requirements import Requirement
 from packaging.utils import canonicalize_name
 
+import fedit
+
 MAX_LINES = 400
 
 
@@ -24,13 +26,23 @@ def test_modules_stop_at_400_lines(repository: Path):
 
 def test_light_modules_import_nothing_heavy():
     script = (
-        "import sys, fedit.interfaces, fedit.config; print({'torch', 'transformers', 'datasets'} & set(sys.modules))"
+        "import sys, fedit, fedit.interfaces, fedit.config, fedit.console; fedit.load_config; "
+        "print({'torch', 'transformers', 'datasets', 'matplotlib'} & set(sys.modules))"
     )
     environment = os.environ | {"PYTHONDONTWRITEBYTECODE": "1"}
     done = subprocess.run(
         [sys.executable, "-c", script], env=environment, capture_output=True, text=True, check=False, timeout=60
     )
     assert (done.returncode, done.stdout.strip(), done.stderr) == (0, "set()", "")
+
+
+def test_every_public_name_is_there():
+    assert len(fedit._MODULES) > 5
+    for name in fedit._MODULES:
+        assert callable(getattr(fedit, name)), name
+        assert name in dir(fedit)
+    with pytest.raises(AttributeError, match="no attribute 'ran'"):
+        fedit.ran  # noqa: B018 (what is asked for is the point)
 
 
 def constraints(repository: Path) -> dict[str, str]:

@@ -23,6 +23,8 @@ from fedit.interfaces import ConfigError, FeditError, did_you_mean
 def load_plugins(files: Sequence[Path] = ()) -> None:
     """Import every module of the entry-point group ``fedit.plugins`` (fedit's own among them) and `files`.
 
+    A file that is itself the running script has defined its plug-ins already.
+
     Raises:
         ConfigError: a file is missing, a module does not import, or a plug-in takes another's name.
     """
@@ -30,6 +32,8 @@ def load_plugins(files: Sequence[Path] = ()) -> None:
         _import(f"The plug-in module {entry_point.value}", entry_point.load)
     for file in files:
         path = file.resolve()
+        if path == _script():
+            continue
         module_name = f"fedit_plugin_{path.stem}_{hashlib.sha256(str(path).encode()).hexdigest()[:8]}"
         if module_name in sys.modules:
             continue
@@ -43,6 +47,11 @@ def load_plugins(files: Sequence[Path] = ()) -> None:
         except ConfigError:
             del sys.modules[module_name]
             raise
+
+
+def _script() -> Path | None:
+    file = getattr(sys.modules.get("__main__"), "__file__", None)
+    return None if file is None else Path(file).resolve()
 
 
 def _import(what: str, execute: Callable[[], object]) -> None:

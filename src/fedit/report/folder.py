@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from fedit.interfaces import ConfigError, DataError
+from fedit.report.terminal import as_html, final_table
 
 
 @dataclass(frozen=True, slots=True)
@@ -34,13 +35,14 @@ class RunFolder:
     """``judge.json``: by what was judged, the result"""
 
     @classmethod
-    def read(cls, path: Path) -> RunFolder:
+    def read(cls, path: Path | str) -> RunFolder:
         """Read the folder `path`.
 
         Raises:
             ConfigError: `path` is no run folder.
             DataError: a file of it is damaged; the last line of a JSONL file may be incomplete.
         """
+        path = Path(path)
         if not (path / "config.json").is_file():
             what = "holds no config.json" if path.is_dir() else "is no folder"
             raise ConfigError(f"{path} is not a run: it {what}. Give the folder that `fedit run` wrote.")
@@ -69,6 +71,10 @@ class RunFolder:
     def answers(self) -> Iterator[Mapping[str, Any]]:
         """Yield the lines of ``answers.jsonl`` one by one: a run of many clients has more than fit in memory."""
         yield from read_lines(self.path / "answers.jsonl")
+
+    def _repr_html_(self) -> str:
+        """Return the table of `fedit run`, as a notebook shows it."""
+        return as_html(final_table(self.evaluation))
 
 
 def flatten(table: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:

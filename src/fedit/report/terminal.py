@@ -2,19 +2,22 @@
 
 from __future__ import annotations
 
+import io
 import re
 from collections.abc import Mapping, Sequence
 from statistics import median
 from typing import Any
 
 from rich.box import SIMPLE_HEAD
-from rich.console import Group, RenderableType
+from rich.console import Console, Group, RenderableType
 from rich.table import Table
 from rich.text import Text
 
 from fedit.report.format import METRIC_LABELS, MODEL_LABELS, count, interval, metric, percent
 
 MAX_CLIENTS = 20
+NOTEBOOK_WIDTH = 115
+"""Characters"""
 
 
 def final_table(evaluation: Mapping[str, Any]) -> RenderableType:
@@ -44,6 +47,13 @@ def final_table(evaluation: Mapping[str, Any]) -> RenderableType:
         table.caption = f"Loss gap closed: {percent(closed)}{f' ({bounds})' if bounds else ''}"
         table.caption_justify = "left"
     return Group(table, *_unseen_lines(evaluation))
+
+
+def as_html(shown: RenderableType) -> str:
+    """Return what a terminal would show, for a notebook."""
+    console = Console(file=io.StringIO(), record=True, width=NOTEBOOK_WIDTH)
+    console.print(shown)
+    return console.export_html(inline_styles=True, code_format="<pre>{code}</pre>")
 
 
 def _unseen_lines(evaluation: Mapping[str, Any]) -> list[Text]:
