@@ -163,7 +163,8 @@ def vllm_command(models: RunModels) -> str:
     """Return the two lines that serve the run's federated model with vLLM."""
     adapter, base = models.folder / "adapter", resolve_path(models.config.model.path)
     if not adapter.is_dir() or (adapter / "side").is_dir():
-        merged = f"fedit export {shlex.quote(str(models.folder))} --merged my-model"
+        which = "" if adapter.is_dir() else " --model federated/CLIENT"
+        merged = f"fedit export {shlex.quote(str(models.folder))}{which} --merged my-model"
         return f"  {merged}\n  vllm serve my-model --served-model-name federated"
     rank = next((rank for rank in VLLM_RANKS if rank >= models.config.adapter.max_rank), models.config.adapter.max_rank)
     place = shlex.quote(str(adapter))
