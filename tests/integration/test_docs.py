@@ -14,7 +14,7 @@ import subprocess
 import sys
 import threading
 import tomllib
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import redirect_stdout
 from pathlib import Path
 from types import SimpleNamespace
@@ -22,12 +22,14 @@ from typing import Any
 
 import pytest
 from cyclopts import CycloptsError
+from judging import serving
 from packaging.requirements import Requirement
 from pages import PAGES, REPOSITORY, Block, Simple, mentioned, read_blocks, split
+from reader import make_reader
 
 from fedit import cli
 from fedit.audit import canaries, mechanism
-from fedit.config import apply_overrides, load_plugins, parse_config
+from fedit.config import load_plugins, parse_config
 from fedit.config import loading as config_loading
 from fedit.engines.site_folder import SiteConfig
 from fedit.interfaces import FeditError
@@ -35,97 +37,43 @@ from fedit.study import load_study
 
 load_plugins()
 
-LANGUAGES = {"bash", "console", "python", "toml", "json", "text", ""}
 SHELL = {"bash", "console"}
 MAX_UNRUN = 0.1
 """The share of the commands that may be marked as not run"""
 SETS_UP = {"apt", "cd", "export", "git", "pre-commit", "python3", "source", "sudo"}
 """Commands of the machine's and not of ours, which a test must not run"""
-TINY = (
-    "rounds=2",
-    "model.dtype=float32",
-    "data.test_per_category=2",
-    "data.max_length=256",
-    "client.batch_size=2",
-    "evaluation.every=1",
-    "evaluation.max_new_tokens=2",
-    "engine.device=cpu",
-)
-FEWER_STEPS = ("client.local_steps=1", "partition.num_clients=10")
-SMALLER = {"bench": ["--rows", "2", "--length", "20", "--repetitions", "1"], "audit": ["--rounds", "1"]}
+SMALLER = {
+    "audit": ["--rounds", "1"],
+    "bench": ["--rows", "2", "--length", "20", "--repetitions", "1"],
+    "evaluate": ["--limit", "2"],
+}
 """What is added to a command that would take long whatever the model, unless the page says it"""
-MODELS = ("path/to/model", "my-base")
-ROWS = ("path/to/rows.jsonl", "path/to/rows/rows.jsonl")
-RECIPES = ("my-recipe.toml", "recipe.toml")
-"""The names that pages use for what a reader has"""
-
-
-def toml(tables: Mapping[str, Any]) -> str:
-    """Return tables as a TOML file."""
-
-    def inline(value: Any) -> str:
-        if isinstance(value, Mapping):
-            return "{ " + ", ".join(f"{json.dumps(key)} = {inline(item)}" for key, item in value.items()) + " }"
-        return json.dumps(value)
-
-    return "".join(f"{json.dumps(key)} = {inline(value)}\n" for key, value in tables.items())
-
-
-def tiny_recipe(path: Path, model: Path, rows: Path) -> str:
-    """Return a shipped recipe as it is, but for the model, the rows and how long it takes."""
-    tables = tomllib.loads(path.read_text(encoding="utf-8"))
-    fewer = FEWER_STEPS if "local_steps" in tables["client"] else FEWER_STEPS[1:]
-    return toml(apply_overrides(tables, [f"model.path={model}", f"data.path={rows}", *TINY, *fewer]))
-
-
-def tiny_study(path: Path) -> str:
-    """Return a shipped study with one seed and two choices of each axis, the reference one of them."""
-    tables = tomllib.loads(path.read_text(encoding="utf-8"))
-    for axis, choices in tables["axes"].items():
-        kept = list(dict.fromkeys([tables.get("reference", {}).get(axis, next(iter(choices))), *choices]))[:2]
-        tables["axes"][axis] = {name: choices[name] for name in kept}
-    return toml(tables | {"seeds": [0], "override": tables.get("override", {}) | {"rounds": 1}})
 
 
 @pytest.fixture(scope="session")
 def world(tmp_path_factory: pytest.TempPathFactory, tiny_model_folder: Path) -> Path:
-    """A folder with what pages take for granted: a model, rows, recipes, and the tiny forms of what fedit ships."""
+    """A reader's files, and the tiny forms of what fedit ships."""
     folder = tmp_path_factory.mktemp("world")
-    reader = folder / "reader"
-    for name in MODELS:
-        shutil.copytree(tiny_model_folder, reader / name)
-    lines = [
-        {"instruction": f"{word} {number}?", "response": word[::-1], "category": word, "client": f"client {number % 4}"}
-        for word in ("ab", "cde", "fg", "hi")
-        for number in range(12)
-    ]
-    for name in ROWS:
-        (reader / name).parent.mkdir(parents=True, exist_ok=True)
-        (reader / name).write_text("".join(json.dumps(line) + "\n" for line in lines))
-    for kind, make in (("recipes", None), ("studies", tiny_study)):
-        (folder / kind).mkdir()
-        for name, path in config_loading._shipped(kind).items():
-            tiny = make(path) if make else tiny_recipe(path, reader / MODELS[0], reader / ROWS[0])
-            (folder / kind / f"{name}.toml").write_text(tiny)
-    for name in RECIPES:
-        shutil.copy(folder / "recipes" / "default.toml", reader / name)
+    make_reader(folder, tiny_model_folder)
     return folder
 
 
 @pytest.fixture
-def page_folder(world: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, registry: dict[str, Any]) -> Path:
-    """The working folder of a page, in which shipped names stand for their tiny forms."""
+def page_folder(
+    world: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, registry: dict[str, Any]
+) -> Iterator[Path]:
+    """The working folder of a page; shipped names stand for their tiny forms, and a judge answers."""
     folder = tmp_path / "reader"
     shutil.copytree(world / "reader", folder)
     monkeypatch.chdir(folder)
     monkeypatch.setattr(
         config_loading, "_shipped", lambda kind: {path.stem: path for path in sorted((world / kind).glob("*.toml"))}
     )
-    for name, module, value in (
-        ("NUM_RUNS", mechanism, 2),
-        ("NUM_CANARIES", mechanism, 256),
-        ("NUM_SECRETS", canaries, 16),
-        ("NUM_EACH", canaries, 2),
+    for module, name, value in (
+        (mechanism, "NUM_RUNS", 2),
+        (mechanism, "NUM_CANARIES", 256),
+        (canaries, "NUM_SECRETS", 16),
+        (canaries, "NUM_EACH", 2),
     ):
         monkeypatch.setattr(module, name, value)
     process, alone = subprocess.run, threading.Lock()
@@ -138,7 +86,11 @@ def page_folder(world: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, re
             return SimpleNamespace(returncode=status_of(command[3:]))
 
     monkeypatch.setattr(subprocess, "run", run)
-    return folder
+    with serving() as judge:
+        judge.models = ("gpt-4o",)
+        monkeypatch.setenv("OPENAI_BASE_URL", judge.url)
+        monkeypatch.setenv("OPENAI_API_KEY", "secret")
+        yield folder
 
 
 def status_of(arguments: list[str]) -> int:
@@ -173,7 +125,8 @@ def smaller(arguments: list[str]) -> list[str]:
     added = [part for i in range(0, len(more), 2) if more[i] not in arguments for part in more[i : i + 2]]
     if "--shape" in arguments:
         arguments[arguments.index("--shape") + 1] = "llama-3m"
-    return [*arguments, *added]
+    files = [sorted(map(str, Path().glob(word))) if "*" in word else [word] for word in arguments]
+    return [*(file for each in files for file in each), *added]
 
 
 def assert_known_tool(command: Simple, where: str) -> None:
@@ -194,6 +147,14 @@ def assert_known_tool(command: Simple, where: str) -> None:
         assert words[0] in SETS_UP, f"{where}: nobody runs {' '.join(words)!r}. Mark the block: <!-- not run: why -->"
 
 
+def _json(block: Block) -> None:
+    """One value, or some after each other."""
+    text, decoder = block.text.strip(), json.JSONDecoder()
+    while text:
+        _, end = decoder.raw_decode(text)
+        text = text[end:].strip()
+
+
 class Page:
     """Runs the blocks of one page in order."""
 
@@ -205,12 +166,14 @@ class Page:
             "console": self._shell,
             "python": self._python,
             "toml": self._toml,
-            "json": lambda block: json.loads(block.text),
+            "json": _json,
+            "yaml": lambda block: None,
             "text": lambda block: None,
             "": lambda block: None,
         }
 
     def run(self, block: Block) -> None:
+        assert block.language in self._run, f"{block.where}: write what ```{block.language} is, or text"
         for mark in block.marks:
             if mark.kind == "first":
                 self._command(mark.text, block)
@@ -265,16 +228,23 @@ WITH_BLOCKS = [page for page in PAGES if any(True for _ in read_blocks(page))]
 @pytest.mark.parametrize("page", WITH_BLOCKS, ids=lambda page: str(page.relative_to(REPOSITORY)))
 def test_every_block_of_a_page_runs(page: Path, page_folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     shown = Page(monkeypatch)
-    if "runs/default" in page.read_text(encoding="utf-8"):
-        assert status_of(["run"]) == 0, "what the tutorial ran"
     blocks = list(read_blocks(page))
     for block in blocks:
-        assert block.language in LANGUAGES, f"{block.where}: write what ```{block.language} is, or text"
         if block.title:
             Path(block.title).parent.mkdir(parents=True, exist_ok=True)
             Path(block.title).write_text(block.text, encoding="utf-8")
+    for seed, name in enumerate(runs_taken_for_granted(blocks)):
+        assert status_of(["run", "--out", f"runs/{name}", "--seed", str(seed)]) == 0
     for block in blocks:
         shown.run(block)
+
+
+def runs_taken_for_granted(blocks: Sequence[Block]) -> list[str]:
+    """Return the runs that blocks name and that no ``--out`` of theirs makes, those of another seed among them."""
+    texts = [text for block in blocks for text in (block.text, *(mark.text for mark in block.marks))]
+    named = dict.fromkeys(name for text in texts for name in re.findall(r"\bruns/([\w-]+)", text))
+    made = {name for text in texts for name in re.findall(r"""(?:--out |folder=")runs/([\w-]+)""", text)}
+    return [name for name in named if name not in made]
 
 
 def fedit_commands() -> Iterator[tuple[Block, str, list[str]]]:
