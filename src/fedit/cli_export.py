@@ -20,7 +20,11 @@ def export(
     /,
     *,
     model: Annotated[
-        str, Parameter(help='"federated", "central", "local/CLIENT", or a client\'s own: "federated/CLIENT"')
+        str,
+        Parameter(
+            help='"federated", "central", "local/CLIENT", or a client\'s own, "federated/CLIENT"; '
+            "without the client, the median one's"
+        ),
     ] = "federated",
     adapter: Annotated[Path | None, Parameter(help="Write the PEFT folder of the model here")] = None,
     merged: Annotated[Path | None, Parameter(help="Write base + adapter as one ordinary model here")] = None,
@@ -51,9 +55,9 @@ def export(
     with tempfile.TemporaryDirectory() as temporary, console.status("Exporting") as status:
         whole, peft = merged or Path(temporary) / "merged", adapter or Path(temporary) / "adapter"
         if merged or gguf:
-            publish.export_merged(folder, model, whole, licence)
+            model = publish.export_merged(folder, model, whole, licence)
         if adapter or gguf_adapter or (push_to_hub and not merged):
-            publish.export_adapter(folder, model, peft, licence)
+            model = publish.export_adapter(folder, model, peft, licence)
         if gguf is not None:
             publish.convert_merged(whole, gguf, llama_cpp)
         if gguf_adapter is not None:
@@ -61,6 +65,8 @@ def export(
         if push_to_hub is not None:
             status.update("Uploading")
             address = publish.push_to_hub(whole if merged else peft, push_to_hub, public=public)
+    if "/" in model:
+        say(f"Model: {model}")
     places = {"Adapter": adapter, "Merged model": merged, "GGUF": gguf, "GGUF adapter": gguf_adapter}
     for what, place in {**places, f"Uploaded, {'public' if public else 'private'}": address}.items():
         if place is not None:

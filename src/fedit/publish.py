@@ -28,8 +28,8 @@ from fedit.run_models import BASE, RunModels, resolve_names
 MODEL_CONVERTER, ADAPTER_CONVERTER = "convert_hf_to_gguf.py", "convert_lora_to_gguf.py"
 
 
-def export_adapter(folder: Path, name: str, target: Path, licence: str = UNKNOWN) -> None:
-    """Write a PEFT folder of the model `name` of the run in `folder`, as `fedit.run_models` calls it.
+def export_adapter(folder: Path, name: str, target: Path, licence: str = UNKNOWN) -> str:
+    """Write a PEFT folder of the model `name` of the run in `folder` (`resolve_names`), and return its exact name.
 
     Raises:
         ConfigError: it is no finished run, or has no such model.
@@ -45,14 +45,16 @@ def export_adapter(folder: Path, name: str, target: Path, licence: str = UNKNOWN
             described["base_model_name_or_path"] = name_of(config.model.path)
             write_atomically(file, json.dumps(described, indent=2, sort_keys=True).encode())
         write_card(run, exact, "adapter", partial, licence)
+    return exact
 
 
-def export_merged(folder: Path, name: str, target: Path, licence: str = UNKNOWN) -> None:
-    """Write base + adapter as one ordinary model in the base's own dtype; raises as `export_adapter`."""
+def export_merged(folder: Path, name: str, target: Path, licence: str = UNKNOWN) -> str:
+    """Write base + adapter as one ordinary model in the base's own dtype; returns and raises as `export_adapter`."""
     check_new(target)
     with _peft_folder(folder, name) as (run, config, exact, source):
         save_merged(source, target, config)
     write_card(run, exact, "merged", target, licence)
+    return exact
 
 
 @contextmanager
