@@ -14,6 +14,7 @@ from pathlib import Path
 import pytest
 import torch
 from federations import SITES, Deployment, fedit, free_port, load, simulate, write_recipe
+from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
 from fedit.accounting import spent_epsilon
 from fedit.checkpoints import load_state
@@ -51,9 +52,14 @@ def assert_like_simulation(recipe: Path, out: Path, store: Path, *overrides: str
 def test_sites_give_the_bits_of_the_simulation(made: tuple[Deployment, Path], tmp_path: Path) -> None:
     deployment, recipe = made
     out = tmp_path / "run"
-    fedit("federation", "run", recipe, "--server", deployment.server, "--out", out)
+    fedit("federation", "run", recipe, "--server", deployment.server, "--out", out, "--track", "tensorboard")
     assert_like_simulation(recipe, out, tmp_path / "store")
     assert (out / "report.html").is_file()
+    assert "at sites of their own" in (out / "adapter" / "README.md").read_text()
+    mirrored = EventAccumulator(str(out / "tensorboard"))
+    mirrored.Reload()
+    numbers = [line["round"] for line in RunFolder.read(out).rounds]
+    assert [each.step for each in mirrored.Scalars("train_loss")] == numbers
     assert (out / "adapter" / "adapter_model.safetensors").is_file()
     last = RunFolder.read(out).rounds[-1]
     assert set(last["site_losses"]) == set(SITES)
