@@ -20,6 +20,7 @@ from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
+import dp_accounting
 import pytest
 from cyclopts import CycloptsError
 from judging import serving
@@ -27,7 +28,7 @@ from packaging.requirements import Requirement
 from pages import PAGES, REPOSITORY, Block, Simple, mentioned, read_blocks, split
 from reader import make_reader
 
-from fedit import cli
+from fedit import accounting, cli
 from fedit.audit import canaries, mechanism
 from fedit.config import load_plugins, parse_config
 from fedit.config import loading as config_loading
@@ -91,6 +92,15 @@ def page_folder(
         monkeypatch.setenv("OPENAI_BASE_URL", judge.url)
         monkeypatch.setenv("OPENAI_API_KEY", "secret")
         yield folder
+
+
+@pytest.fixture(autouse=True)
+def quick_accountant(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
+    """The accountant that is at once; what is remembered of it is forgotten."""
+    monkeypatch.setattr(dp_accounting.pld, "PLDAccountant", lambda: dp_accounting.rdp.RdpAccountant(accounting.ORDERS))
+    yield
+    accounting.spent_epsilon.cache_clear()
+    accounting.noise_for.cache_clear()
 
 
 def status_of(arguments: list[str]) -> int:
