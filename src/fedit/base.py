@@ -59,7 +59,7 @@ def resolve_path(path: str) -> str:
 def load_tokenizer(path: str) -> PreTrainedTokenizerBase:
     """Load the tokenizer of a model folder or Hub name; raise EngineError that says what is missing."""
     try:
-        return AutoTokenizer.from_pretrained(resolve_path(path))
+        return AutoTokenizer.from_pretrained(resolve_path(path), trust_remote_code=False)
     except (OSError, ValueError) as error:
         raise EngineError(_not_loaded(path, "tokenizer", error)) from error
 
@@ -67,7 +67,7 @@ def load_tokenizer(path: str) -> PreTrainedTokenizerBase:
 def context_length(path: str) -> int | None:
     """Return the most positions that a model can take, None where it does not say; raise EngineError if not found."""
     try:
-        config = AutoConfig.from_pretrained(resolve_path(path))
+        config = AutoConfig.from_pretrained(resolve_path(path), trust_remote_code=False)
     except (OSError, ValueError) as error:
         raise EngineError(_not_loaded(path, "configuration", error)) from error
     return getattr(config, "max_position_embeddings", None)
@@ -78,7 +78,8 @@ def load_base(config: ModelConfig, device: torch.device) -> PreTrainedModel:
     dtype = resolve_dtype(config.dtype, device)
     quantized = {} if config.quantization == "none" else _quantization(config, device, dtype)
     try:
-        base = AutoModelForCausalLM.from_pretrained(resolve_path(config.path), dtype=dtype, **quantized)
+        place = resolve_path(config.path)
+        base = AutoModelForCausalLM.from_pretrained(place, dtype=dtype, trust_remote_code=False, **quantized)
     except (OSError, ValueError, SafetensorError) as error:
         raise EngineError(_not_loaded(config.path, "weights", error)) from error
     return prepare_base(base, device)

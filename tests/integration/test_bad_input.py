@@ -190,6 +190,19 @@ def test_weights_that_were_cut_off(refused, model_copy: Path) -> None:
     assert "the folder has no usable weights" in refused("EngineError", *options(model__path=model_copy))
 
 
+def test_code_in_a_models_folder_is_not_run(refused, model_copy: Path, tmp_path: Path) -> None:
+    """And nobody is asked whether it shall be."""
+    trace = tmp_path / "trace"
+    trace.mkdir()
+    (model_copy / "code.py").write_text(f"from pathlib import Path\nPath({str(trace / 'run')!r}).touch()\n")
+    config = json.loads((model_copy / "config.json").read_text())
+    config |= {"model_type": "mine", "auto_map": dict.fromkeys(("AutoConfig", "AutoModelForCausalLM"), "code.Mine")}
+    (model_copy / "config.json").write_text(json.dumps(config))
+    message = refused("EngineError", *options(model__path=model_copy))
+    assert "the folder has no usable configuration" in message
+    assert not (trace / "run").exists()
+
+
 def test_tokenizer_without_eos(refused, model_copy: Path) -> None:
     for name in ("tokenizer_config.json", "special_tokens_map.json"):
         if (model_copy / name).is_file():

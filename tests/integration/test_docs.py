@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import io
 import json
+import os
 import re
 import shutil
 import subprocess
@@ -41,7 +42,7 @@ load_plugins()
 SHELL = {"bash", "console"}
 MAX_UNRUN = 0.1
 """The share of the commands that may be marked as not run"""
-SETS_UP = {"apt", "cd", "export", "git", "pre-commit", "python3", "source", "sudo"}
+SETS_UP = {"apt", "cd", "export", "git", "pre-commit", "python3", "sbatch", "source", "sudo"}
 """Commands of the machine's and not of ours, which a test must not run"""
 SMALLER = {
     "audit": ["--rounds", "1"],
@@ -49,6 +50,8 @@ SMALLER = {
     "evaluate": ["--limit", "2"],
 }
 """What is added to a command that would take long whatever the model, unless the page says it"""
+
+TASK = {"SLURM_ARRAY_TASK_ID": "0", "SLURM_CPUS_PER_TASK": "1"}
 
 
 @pytest.fixture(scope="session")
@@ -190,9 +193,25 @@ class Page:
         self._run[block.language](block)
 
     def _shell(self, block: Block) -> None:
+        if block.title:
+            self._script(block)
+            return
         for command in block.commands():
             elsewhere = block.marked("not run", command) or block.marked("run by", command)
             if elsewhere is None:
+                self._command(command, block)
+
+    def _script(self, block: Block) -> None:
+        """Let bash run a script, twice, as an array's first task; what it calls fedit with is run here after it."""
+        program = Path("bin/fedit").absolute()
+        program.parent.mkdir(exist_ok=True)
+        program.write_text("#!/bin/bash\n(printf '%q ' fedit \"$@\"; echo) >> calls\n")
+        program.chmod(0o755)
+        environment = os.environ | {"PATH": f"{program.parent}:{os.environ['PATH']}", **TASK}
+        for _ in range(2):
+            Path("calls").unlink(missing_ok=True)
+            subprocess.run(["bash", "-eu", block.title], env=environment, check=True)
+            for command in Path("calls").read_text().splitlines():
                 self._command(command, block)
 
     def _command(self, command: str, block: Block) -> None:
@@ -261,7 +280,7 @@ def fedit_commands() -> Iterator[tuple[Block, str, list[str]]]:
     """Yield every command of fedit in all blocks, with its arguments."""
     for page in PAGES:
         for block in read_blocks(page):
-            for command in block.commands() if block.language in SHELL else ():
+            for command in block.commands() if block.language in SHELL and not block.title else ():
                 for each in split(command):
                     if (arguments := fedit_arguments(each)) is not None:
                         yield block, command, arguments
@@ -308,5 +327,7 @@ def test_commands_in_the_prose_exist(page: Path) -> None:
 def test_marks_are_above_blocks() -> None:
     """A mark that no block follows would do nothing."""
     for page in PAGES:
-        written = len(re.findall(r"<!--\s*(?:not run|run by|first)\b", page.read_text(encoding="utf-8")))
+        written = len(
+            re.findall(r"^ *<!--\s*(?:not run|run by|first)\b", page.read_text(encoding="utf-8"), re.MULTILINE)
+        )
         assert written == sum(len(block.marks) for block in read_blocks(page)), page
