@@ -10,7 +10,8 @@ From Python, an experiment is::
 
     run = fedit.run("default", ["rounds=5"])
     run.evaluation["gap_closed"]
-    fedit.RunModels.open(run.path, ["base", "federated"]).ask("What does a heron sound like?")
+    models = fedit.RunModels.open(run.path, ["base", "federated"])
+    models.ask("Classify each as eggs or feathers: cotha, fawnik, ellup.")
 """
 
 import importlib

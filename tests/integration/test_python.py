@@ -69,6 +69,7 @@ def test_a_notebook_shows_the_table_and_models_answer(fedit, recipe: Path) -> No
     run = library.run(recipe)
     loss = run.evaluation["models"]["federated"]["response_loss"]["all"]
     assert f"{loss:.3f}" in run._repr_html_()
+    assert repr(run) == "RunFolder.read('runs/recipe')"
     models = library.RunModels.open(str(run.path), ["base", "federated"])
     answers = models.ask("ab 1 a?", max_new_tokens=4)
     assert list(answers) == ["base", "federated"]
@@ -112,7 +113,8 @@ def test_the_notebook_runs(repository: Path, tmp_path: Path, monkeypatch: pytest
     parameters.source = "rounds = 1"
     NotebookClient(notebook, timeout=600, resources={"metadata": {"path": tmp_path}}).execute()
     shown = {cell["id"]: cell.get("outputs", []) for cell in notebook.cells}
-    assert "Federated" in shown["result"][-1]["data"]["text/html"]
+    assert len(shown["result"]) == 1
+    assert "Federated" in shown["result"][0]["data"]["text/html"]
     assert any("image/png" in output.get("data", {}) for output in shown["plot"])
     texts = {name: "".join(output.get("text", "") for output in outputs) for name, outputs in shown.items()}
     assert "round 1 of 1: loss " in texts["train"]

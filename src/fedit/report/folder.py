@@ -72,6 +72,9 @@ class RunFolder:
         """Yield the lines of ``answers.jsonl`` one by one: a run of many clients has more than fit in memory."""
         yield from read_lines(self.path / "answers.jsonl")
 
+    def __repr__(self) -> str:
+        return f"RunFolder.read({str(self.path)!r})"
+
     def _repr_html_(self) -> str:
         """Return the table of `fedit run`, as a notebook shows it."""
         return as_html(final_table(self.evaluation))

@@ -51,7 +51,7 @@ def final_table(evaluation: Mapping[str, Any]) -> RenderableType:
 
 def as_html(shown: RenderableType) -> str:
     """Return what a terminal would show, for a notebook."""
-    console = Console(file=io.StringIO(), record=True, width=NOTEBOOK_WIDTH)
+    console = Console(file=io.StringIO(), record=True, width=NOTEBOOK_WIDTH, force_jupyter=False)
     console.print(shown)
     return console.export_html(inline_styles=True, code_format="<pre>{code}</pre>")
 
