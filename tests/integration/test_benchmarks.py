@@ -438,7 +438,7 @@ class Recited(LM):
         return [self._said[request.arguments[0]] for request in requests]
 
     def loglikelihood(self, requests: list[Instance]) -> list[tuple[float, bool]]:
-        raise NotImplementedError
+        raise AssertionError("IFEval asks for text alone")
 
     def loglikelihood_rolling(self, requests: list[Instance]) -> list[float]:
-        raise NotImplementedError
+        raise AssertionError("IFEval asks for text alone")

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import operator
 import os
 import re
 import subprocess
@@ -42,7 +43,7 @@ def test_every_public_name_is_there():
         assert callable(getattr(fedit, name)), name
         assert name in dir(fedit)
     with pytest.raises(AttributeError, match="no attribute 'ran'"):
-        fedit.ran  # noqa: B018 (what is asked for is the point)
+        operator.attrgetter("ran")(fedit)
 
 
 def constraints(repository: Path) -> dict[str, str]:
