@@ -113,8 +113,8 @@ class AskedChat(AskedOf):
         Raises:
             DataError: they are not an optional system message, then a user's and the assistant's in turn.
         """
-        system = self.messages[0].content if self.messages[0].role in {"system", "developer"} else ""
-        rest = self.messages[bool(system) :]
+        has_system = self.messages[0].role in {"system", "developer"}
+        system, rest = self.messages[0].content if has_system else "", self.messages[has_system:]
         roles = [message.role for message in rest]
         if len(rest) % 2 == 0 or roles != (["user", "assistant"] * len(rest))[: len(rest)]:
             raise DataError(

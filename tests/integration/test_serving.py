@@ -145,6 +145,12 @@ def test_messages_become_turns(web, models) -> None:
     assert answered["usage"]["prompt_tokens"] == len(models.prompt(conversation, 8))
 
 
+def test_a_system_message_may_be_empty(web) -> None:
+    user = {"role": "user", "content": "ab 1?"}
+    empty = ask(web, messages=[{"role": "system", "content": ""}, user])
+    assert empty["choices"] == ask(web, messages=[user])["choices"]
+
+
 def test_tokens_and_why_an_answer_ended(web, models) -> None:
     cut = ask(web, max_completion_tokens=5, max_tokens=7)
     assert cut["choices"][0]["finish_reason"] == "length"
