@@ -22,7 +22,6 @@ Every run is an ordinary `fedit run` in a process of its own, so that one that f
 from __future__ import annotations
 
 import itertools
-import json
 import os
 import subprocess
 import sys
@@ -40,7 +39,7 @@ from fedit.config import RunConfig, Table, explain, load_config, parse_config, s
 from fedit.files import folder_name, write_atomically, write_json
 from fedit.interfaces import ConfigError, did_you_mean
 from fedit.report import RunFolder
-from fedit.report.folder import flatten
+from fedit.report.folder import flatten, read_json
 
 Overrides = dict[str, Any]
 
@@ -75,6 +74,9 @@ class StudyConfig(Table):
                 inner = f"{key}.{next(iter(value), '...')}"
                 raise ValueError(f'{key}: a table would replace the whole of it. Quote the key: "{inner}" = ...')
         return self
+
+
+RESULT = "study.json"
 
 
 @dataclass(frozen=True)
@@ -132,7 +134,7 @@ def plan(study: StudyConfig, folder: Path, overrides: Sequence[str], plugin_file
         ConfigError: a combination of choices cannot run, or its folder holds another configuration's run.
     """
     runs = []
-    known = {(*run["choices"].values(), run["seed"]): run for run in _known(folder / "study.json").get("runs", ())}
+    known = {_key(run): run for run in read_json(folder / RESULT).get("runs", ())}
     for seed, names in itertools.product(study.seeds, itertools.product(*study.axes.values())):
         choices = dict(zip(study.axes, names, strict=True))
         keys = dict(study.override)
@@ -155,15 +157,16 @@ def plan(study: StudyConfig, folder: Path, overrides: Sequence[str], plugin_file
         found = known.get((*names, seed))
         if found is not None and found["config"] != config.digest():
             raise ConfigError(
-                f"{folder / 'study.json'} holds another configuration's result of {' · '.join(names)}, seed {seed}. "
+                f"{folder / RESULT} holds another configuration's result of {' · '.join(names)}, seed {seed}. "
                 "Choose another --out for the changed study, or delete that result to run it again."
             )
         runs.append(StudyRun(choices, seed, given, config, place, found))
     return sorted(runs, key=lambda run: not _is_reference(study, run.choices))
 
 
-def _known(path: Path) -> dict[str, Any]:
-    return json.loads(path.read_text(encoding="utf-8")) if path.is_file() else {}
+def _key(run: Mapping[str, Any]) -> tuple[Any, ...]:
+    """Return what a run in study.json is known by."""
+    return (*run["choices"].values(), run["seed"])
 
 
 def run_study(
@@ -182,9 +185,9 @@ def run_study(
     threads = str(max(1, (os.cpu_count() or 1) // jobs))
     environment = {"OMP_NUM_THREADS": threads, **os.environ}
 
+    waiting = [run for run in runs if run.measured is None and not (run.folder / "evaluation.json").is_file()]
+
     def finish(run: StudyRun) -> str | None:
-        if run.measured is not None or (run.folder / "evaluation.json").is_file():
-            return None
         if (run.folder / "config.json").is_file():
             arguments = ["--resume", str(run.folder)]
         else:
@@ -200,9 +203,9 @@ def run_study(
 
     num_failed = 0
     with ThreadPoolExecutor(jobs) as pool:
-        futures = {pool.submit(finish, run): run for run in runs}
+        futures = {pool.submit(finish, run): run for run in waiting}
         try:
-            for done, future in enumerate(as_completed(futures), start=1):
+            for done, future in enumerate(as_completed(futures), start=len(runs) - len(waiting) + 1):
                 failure = future.result()
                 num_failed += failure is not None
                 write_study(folder, study, runs, compare_study(study, runs, folder))
@@ -241,7 +244,7 @@ def compare_study(study: StudyConfig, runs: Sequence[StudyRun], folder: Path) ->
     so_far = "" if num_finished == len(runs) else f", {num_finished} of {len(runs)} runs"
     known = {
         (group["label"], group["model"]): Difference(group["metrics"], group["notes"])
-        for group in _known(folder / "study.json").get("groups", ())
+        for group in read_json(folder / RESULT).get("groups", ())
         if "metrics" in group
     }
     return compare(f"Study {folder.name}{so_far}", result, known)
@@ -257,10 +260,15 @@ def _measured(run: StudyRun) -> MeasuredRun | None:
 
 
 def write_study(folder: Path, study: StudyConfig, runs: Sequence[StudyRun], comparison: Comparison) -> None:
-    """Write study.json, which has every run's measures and what the comparison found, and study.md, the table."""
+    """Write study.json, which has every run's measures and what the comparison found, and study.md, the table.
+
+    What study.json has of runs that are no longer in the study stays there: their folders may be gone.
+    """
     digests = {str(run.folder): run.config.digest() for run in runs}
     content = comparison.to_json()
     for line in content["runs"]:
         line["config"] = digests[line.pop("folder")]
-    write_json(folder / "study.json", {"study": study.model_dump(mode="json"), **content})
+    planned = {(*run.choices.values(), run.seed) for run in runs}
+    content["runs"] += [run for run in read_json(folder / RESULT).get("runs", ()) if _key(run) not in planned]
+    write_json(folder / RESULT, {"study": study.model_dump(mode="json"), **content})
     write_atomically(folder / "study.md", to_markdown(comparison).encode())

@@ -20,6 +20,8 @@ from fedit.benchmarks import answers, harness, tasks
 from fedit.benchmarks.answers import Request
 from fedit.benchmarks.harness import HarnessModel
 from fedit.data import encode_all
+from fedit.evaluation.checks import exact_match
+from fedit.evaluation.metrics import rouge_l
 from fedit.interfaces import ConfigError, DataError, Example, Turn
 from fedit.run_models import RunModels
 
@@ -322,6 +324,36 @@ def test_rows_of_a_file_are_judged_as_the_run_judges_its_own(fedit, run: Path, d
     task = json.loads(done.stdout)["instructions"]
     assert task["num_rows"] == 24
     assert task["metrics"][0]["differences"] == {}
+    lines = (run / "benchmarks" / "instructions" / "federated.jsonl").read_text().splitlines()
+    answered = [json.loads(line) for line in lines]
+    expected = [exact_match(each["resps"][0][0], each["doc"]["response"]) for each in answered]
+    assert [bool(each["exact_match"]) for each in answered] == expected
+    value = {metric["name"]: metric["models"]["federated"]["value"] for metric in task["metrics"]}
+    scores = [rouge_l(each["resps"][0][0].strip(), each["doc"]["response"]) for each in answered]
+    assert value == pytest.approx({"exact_match": np.mean(expected), "rouge_l": np.mean(scores)})
+
+
+def test_rows_of_a_file_come_before_those_that_a_task_makes(fedit, run: Path, tmp_path) -> None:
+    path = tmp_path / "one.jsonl"
+    path.write_text(json.dumps({"instruction": "ab 1?", "response": "1 ba"}) + "\n")
+    done = fedit("evaluate", run, "--tasks", "pasture", "--data", f"pasture={path}", "--models", "base", "--json")
+    assert done.status == 0, done.stderr
+    assert json.loads(done.stdout)["pasture"]["num_rows"] == 1
+    (line,) = (run / "benchmarks" / "pasture" / "base.jsonl").read_text().splitlines()
+    assert json.loads(line)["doc"]["instruction"] == "ab 1?"
+
+
+@pytest.mark.parametrize(
+    ("task", "function", "message"),
+    [("task: [", "", "broken.yaml"), ("task: broken\ndoc_to_text: !function own.question", "def question(row:", "own")],
+)
+def test_a_task_that_is_no_yaml_or_no_python_is_refused(fedit, run: Path, tmp_path, task, function, message) -> None:
+    (tmp_path / "broken.yaml").write_text(task)
+    (tmp_path / "own.py").write_text(function)
+    done = fedit("evaluate", run, "--tasks", tmp_path / "broken.yaml", "--models", "base")
+    assert done.status == 1
+    assert "cannot be loaded" in done.stderr
+    assert message in done.stderr
 
 
 def test_the_example_of_the_documentation_runs(fedit, run: Path, repository: Path) -> None:

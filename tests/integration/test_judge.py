@@ -196,6 +196,31 @@ def test_two_turns_are_graded_one_by_one(fedit, run: Path, tmp_path) -> None:
     assert "Differences of the grades" in page
 
 
+def test_questions_that_begin_alike_are_answered_each(fedit, run: Path, tmp_path) -> None:
+    """Their first turn has one answer; their second turns have one each. What is asked twice is counted once."""
+    path = tmp_path / "mt.jsonl"
+    rows = [{"question_id": n, "turns": ["ab 1?", second]} for n, second in enumerate(("cde 2?", "ab 3?"))]
+    path.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    with serving(lambda number, asked: Answer("Rating: [[7]]")) as server:
+        common = ("--questions", path, "--judge", "wise", "--base-url", server.url, "--max-new-tokens", "4", "--json")
+        done = fedit("judge", run, *common, "--against", "base")
+        assert done.status == 0, done.stderr
+        assert "6 requests" in done.stderr
+        assert len(server.requests) == 6
+    found = json.loads(done.stdout)
+    assert found["replies"]["wanted"] == 6
+    assert found["tokens"] == {"prompt": 600, "reply": 60}
+    models = RunModels.open(run, ["federated"])
+    *_, first = models.answer({"federated": Example((Turn("ab 1?", ""),))}, 4)
+    texts = [asked["messages"][-1]["content"] for asked in server.requests]
+    for second in ("cde 2?", "ab 3?"):
+        asked = Example((Turn("ab 1?", first["federated"]), Turn(second, "")))
+        *_, answered = models.answer({"federated": asked}, 4)
+        assert any(second in text and answered["federated"] in text.partition(second)[2] for text in texts)
+    saved = [json.loads(line) for line in (run / "judge_answers.jsonl").read_text().splitlines()]
+    assert len({each["asked"] for each in saved}) == 6
+
+
 def test_a_dry_run_sends_nothing_and_generates_nothing(fedit, run: Path, questions) -> None:
     with serving() as server:
         common = ("--questions", questions, "--judge", "wise", "--base-url", server.url, "--max-new-tokens", "4")
@@ -240,10 +265,29 @@ def test_own_words_and_own_parameters(stored, tmp_path) -> None:
         Answer(body=b'{"choices": [{"mess'),
         Answer(body=b"<html>Bad gateway</html>"),
         Answer(body=b"{}"),
+        Answer(body=b'{"choices": [{"text": "8 7"}]}'),
+        Answer(body=b'{"choices": [{"message": null}]}'),
+        Answer(body=b'{"choices": {"message": {"content": "8 7"}}}'),
+        Answer(body=b'{"choices": [{"message": {"content": [{"type": "text", "text": "8 7"}]}}]}'),
         Answer(cut_to=0),
         Answer(after_s=0.5),
     ],
-    ids=["500", "503", "429", "retry-after", "cut", "half-json", "html", "no-choices", "hung-up", "time-out"],
+    ids=[
+        "500",
+        "503",
+        "429",
+        "retry-after",
+        "cut",
+        "half-json",
+        "html",
+        "no-choices",
+        "no-message",
+        "null",
+        "object",
+        "parts",
+        "hung-up",
+        "time-out",
+    ],
 )
 def test_troubles_that_pass_are_outlived(stored, trouble: Answer) -> None:
     """Each request meets trouble first, also the very first one."""
@@ -263,6 +307,17 @@ def test_troubles_that_pass_are_outlived(stored, trouble: Answer) -> None:
     found = json.loads(done.stdout)
     assert found["replies"] == {"wanted": 8, "without_scores": 0, "missing": 0, "why_missing": [], "cut": 0}
     assert found["comparisons"][0]["num_questions"] == 4
+
+
+@pytest.mark.parametrize("usage", ["{}", "null", '{"prompt_tokens": null, "completion_tokens": "many"}'])
+def test_a_server_that_does_not_count_tokens_is_a_judge(stored, usage: str) -> None:
+    body = f'{{"choices": [{{"message": {{"content": "8 7"}}}}], "usage": {usage}}}'
+    with serving(lambda number, asked: Answer(body=body.encode())) as server:
+        for _ in range(2):  # the second time from what was kept
+            done = stored(server)
+            assert done.status == 0, done.stderr
+            assert json.loads(done.stdout)["tokens"] == {"prompt": 0, "reply": 0}
+        assert len(server.requests) == 8
 
 
 def test_a_server_that_asks_for_a_pause_gets_it(stored, monkeypatch) -> None:
@@ -444,6 +499,14 @@ def test_the_key_is_sent_and_never_written(stored, tmp_path, monkeypatch, caplog
     files = [file for file in tmp_path.rglob("*") if file.is_file()]
     assert files
     assert all(KEY.encode() not in file.read_bytes() for file in files)
+
+
+def test_no_part_of_the_key_is_written_where_an_error_is_cut(stored, monkeypatch) -> None:
+    monkeypatch.setenv("OPENAI_API_KEY", KEY)
+    with serving(lambda number, asked: error(401, "x" * (300 - len(KEY) // 2) + KEY + " is no key")) as server:
+        refused = stored(server)
+    assert refused.status == 1
+    assert KEY[: len(KEY) // 3] not in refused.stderr
 
 
 def test_a_password_in_the_url_is_not_written(stored, tmp_path) -> None:

@@ -80,10 +80,29 @@ def test_a_grid_its_table_and_how_it_grows(fedit, study, tmp_path) -> None:
     assert table[5][3] == f"{statistics.fmean(losses):.3f} ± {statistics.stdev(losses):.3f}"
 
     check_that_nothing_but_links_needs_the_runs(fedit, study, out)
+    check_that_results_outlive_their_place_in_the_study(fedit, study, out)
+    damaged = (out / "study.json").read_text()
+    (out / "study.json").write_text(damaged[:-2] + ",}")
+    refused = fedit("study", study, "--out", out)
+    assert refused.status == 1
+    assert "study.json is damaged" in refused.stderr
+    (out / "study.json").write_text(damaged)
     study.write_text(study.read_text().replace("rounds = 1", "rounds = 2"))
     refused = fedit("study", study, "--out", out)
     assert refused.status == 1
     assert "another configuration" in refused.stderr
+
+
+def check_that_results_outlive_their_place_in_the_study(fedit, study: Path, out: Path) -> None:
+    """A seed leaves the study and comes back, without its runs' folders."""
+    before = runs_of(out)
+    study.write_text(study.read_text().replace("[0, 1]", "[0]"))
+    assert fedit("study", study, "--out", out).status == 0
+    assert sorted(runs_of(out), key=str) == sorted(before, key=str)
+    study.write_text(study.read_text().replace("[0]", "[0, 1]"))
+    assert fedit("study", study, "--out", out).status == 0
+    assert {run["seed"] for run in runs_of(out)} == {0, 1}
+    assert not (out / "runs").exists()
 
 
 def by_label(runs: list[dict[str, Any]]) -> dict[str, dict[str, Any]]:

@@ -8,7 +8,7 @@ import json
 import re
 import statistics
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
 
@@ -281,6 +281,58 @@ def test_runs_on_other_rows_or_of_another_tokenizer_have_no_difference(tmp_path)
     assert all("difference" not in run.values for group in found.groups for run in group.runs)
     assert "adapter.rank=others cannot be compared" in state_differences(found)
     assert "Difference, other test rows (seed 0): adapter.rank=others." in to_markdown(found)
+
+
+def test_rows_that_are_not_known_are_not_compared(tmp_path):
+    """Of whichever run the answers are gone; a run's own baselines answered the same rows in any case."""
+    folders = [
+        write_run(
+            tmp_path / name, {"federated": [2, 3, 5], "central": [1, 1, 2]}, texts=name, aggregation={"name": name}
+        )
+        for name in ("fedit", "flora")
+    ]
+    for gone in (folders[1:], folders):
+        for folder in gone:
+            (folder / "answers.jsonl").unlink(missing_ok=True)
+        found = compared(*folders)
+        other = found.groups[1].difference
+        assert other is not None
+        assert dict(other.metrics) == {}
+        assert other.notes == ["answers are gone, so the test rows are not known (seed 0)"]
+        assert found.groups[1].measured("difference") == []
+        assert found.groups[2].difference is not None
+        assert found.groups[2].difference.metrics["response_loss"]["mean"] == -6 / 8
+
+
+def test_runs_keep_their_own_baselines(tmp_path):
+    """Those of the reference stand in only where a run has none."""
+    first = write_run(tmp_path / "a", {"federated": [2, 2, 4], "local/x": [8, 8, 16], "central": [1, 1, 2]})
+    own = {"federated": [2, 2, 4], "local/x": [3, 3, 6], "central": [1, 1, 2]}
+    second = write_run(tmp_path / "b", own, partition={"name": "iid"})
+    third = write_run(tmp_path / "c", {"federated": [2, 2, 4]}, rounds=3)
+    shares = [group.mean("gap_closed") for group in compared(first, second, third).trained]
+    assert shares == pytest.approx([6 / 7, 1 / 2, 6 / 7])
+
+
+def test_settings_in_another_order_are_the_same(tmp_path):
+    columns = {"instruction": "q", "response": "a"}
+    folders = [
+        write_run(tmp_path / str(seed), {"federated": [2, 2, 4]}, seed=seed, data={"columns": dict(own)})
+        for seed, own in enumerate((columns.items(), reversed(columns.items())))
+    ]
+    (group,) = compared(*folders).groups
+    assert group.seeds == [0, 1]
+
+
+def test_an_interval_that_is_known_is_that_of_the_same_numbers(two_rules):
+    groups = [group for group in two_rules.groups if not group.is_baseline]
+    for run in groups[1].runs:
+        (run.folder / "answers.jsonl").unlink()
+    changed = [replace(run, values={**run.values, "response_loss": 9.0}) for run in groups[1].runs]
+    known = {(groups[1].label, "federated"): groups[1].difference}
+    found = compare("Comparison", [groups[0], replace(groups[1], runs=changed)], known).groups[1].difference
+    assert found is not None
+    assert found.metrics["response_loss"]["interval"] is None
 
 
 def test_answers_that_are_gone_leave_no_interval_but_what_was_known(two_rules):

@@ -68,6 +68,8 @@ def test_written_reviews_are_the_models_own_and_do_not_depend_on_the_batch(tiny_
         output = model.generate(prompt, attention_mask=torch.ones_like(prompt), max_new_tokens=6, do_sample=False)
         assert isinstance(reply, Reply)
         assert reply.text == str(tokenizer.decode(output[0, prompt.shape[1] :], skip_special_tokens=True)).strip()
+        has_ended = tokenizer.eos_token_id in output[0, prompt.shape[1] :]
+        assert reply.finish_reason == ("stop" if has_ended else "length")
 
 
 def test_a_chat_template_is_used_and_may_refuse(tiny_model_folder: Path, tmp_path: Path) -> None:

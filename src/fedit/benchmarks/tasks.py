@@ -22,6 +22,10 @@ if TYPE_CHECKING:
 SHIPPED = Path(__file__).parent / "shipped"
 _READERS = {".json": "json", ".jsonl": "json", ".csv": "csv", ".parquet": "parquet"}
 """By the ending of a file, what `datasets` calls its reader"""
+_FAILURES = (
+    OSError, ValueError, LookupError, RuntimeError, TypeError, AttributeError, ImportError, SyntaxError, yaml.YAMLError
+)  # fmt: skip
+"""What lm-eval, `datasets` and a task's own functions raise where a task cannot be loaded"""
 _NEEDS_PUNKT = {"length_constraints:number_sentences", "change_case:capital_word_frequency"}
 """IFEval's instructions whose check needs NLTK's data"""
 
@@ -53,7 +57,7 @@ def load_tasks(
         specs = [str(_with_data(name, manager, data[name], Path(place))) if name in data else name for name in found]
         try:
             tasks = manager.load(specs)
-        except (OSError, ValueError, LookupError, RuntimeError, TypeError, AttributeError, ImportError) as error:
+        except _FAILURES as error:
             raise DataError(
                 f"{', '.join(found)} cannot be loaded: {type(error).__name__}: {error}\nData of a task that cannot be "
                 "had here may come from a file: --data TASK=FILE (JSON, JSONL, CSV or Parquet), or from a folder that "
@@ -96,7 +100,8 @@ def _with_data(name: str, manager: TaskManager, path: Path, place: Path) -> Path
         raise ConfigError(f"--data {name}={path}: there is no such file.")
     if file is None or not (split := _evaluated_split(file)):
         raise ConfigError(f"--data {name}: the task takes no data; a group's tasks take theirs one by one.")
-    changed: dict[str, Any] = {"include": str(file.resolve())}
+    # A function of the task that makes its rows would come before any file.
+    changed: dict[str, Any] = {"include": str(file.resolve()), "custom_dataset": None}
     if path.is_dir():
         # A copy of the Hub's data set has its parts by name, as its README says.
         has_parts = (path / "README.md").is_file()

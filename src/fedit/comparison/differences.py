@@ -10,12 +10,13 @@ from pathlib import Path
 import numpy as np
 
 from fedit.comparison.groups import Comparison, Difference, Group, MeasuredRun
-from fedit.comparison.measures import BASELINES
+from fedit.comparison.measures import BASELINES, GONE
 from fedit.comparison.pairing import SCORES, Answers, Pair, paired_interval, read_answers
 from fedit.report import RunFolder
 from fedit.report.format import MODEL_LABELS
 
 OTHER_ROWS = "other test rows"
+NO_ANSWERS = "answers are gone, so the test rows are not known"
 
 
 def compare(
@@ -59,7 +60,8 @@ def _related(group: Group, reference: Group | None) -> Group:
         values = {name: value for name, value in run.values.items() if name not in {"difference", "gap_closed"}}
         other = others.get(run.seed)
         if other is not None and _why_unpaired(run, other) is None:
-            values |= {name: other.values[name] for name in BASELINES if name in other.values}
+            missing = [name for name in BASELINES if name in other.values and name not in values]
+            values |= {name: other.values[name] for name in missing}
             if reference is not group and "response_loss" in values and "response_loss" in other.values:
                 values["difference"] = values["response_loss"] - other.values["response_loss"]
         loss, local, central = (values.get(name) for name in ("response_loss", "local", "central"))
@@ -71,6 +73,10 @@ def _related(group: Group, reference: Group | None) -> Group:
 
 def _why_unpaired(run: MeasuredRun, other: MeasuredRun) -> str | None:
     """Return why losses of two runs of one seed do not compare; None: they do."""
+    if run.folder == other.folder:
+        return None
+    if GONE in {run.values.get("test_rows"), other.values.get("test_rows")}:
+        return NO_ANSWERS
     if run.values.get("test_rows") != other.values.get("test_rows"):
         return OTHER_ROWS
     if run.values.get("test_tokens") != other.values.get("test_tokens"):
@@ -113,7 +119,7 @@ def _difference(
     for run in group.runs:
         other = others.get(run.seed)
         reason = "the reference has no such seed" if other is None else _why_unpaired(run, other)
-        if other is not None and reason != OTHER_ROWS:
+        if other is not None and reason not in {OTHER_ROWS, NO_ANSWERS}:
             both = [metric for metric in SCORES if metric in run.values and metric in other.values]
             if reason is None and "response_loss" not in both:
                 reason = "a loss is not finite"
@@ -130,7 +136,7 @@ def _difference(
         seeds = [run.seed for run, _ in pairs]
         scores = _scores(metric, group.model, pairs, answers)
         earlier = {} if known is None else known.metrics.get(metric, {})
-        interval = earlier.get("interval") if earlier.get("seeds") == seeds else None
+        interval = earlier.get("interval") if earlier.get("by_seed") == by_seed else None
         if scores is not None:
             interval = paired_interval(scores)
         elif interval is None:

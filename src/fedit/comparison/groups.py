@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import statistics
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
@@ -137,7 +138,7 @@ def group_runs(folders: Sequence[Path]) -> list[Group]:
         settings = _settings(run)
         seed = settings.pop("seed", 0)
         settings.pop("evaluation.baselines", None)  # says what else is trained, and changes nothing
-        _, _, runs = groups.setdefault(repr(settings), (settings, run, {}))
+        _, _, runs = groups.setdefault(_spelled(settings), (settings, run, {}))
         if seed in runs:
             raise ConfigError(
                 f"{folder} and {runs[seed].folder} are runs of the same configuration and seed. Leave one of them out."
@@ -176,7 +177,14 @@ def _settings(run: RunFolder) -> dict[str, Any]:
 
 def _differing(settings: Sequence[Mapping[str, Any]]) -> list[str]:
     keys = dict.fromkeys(key for each in settings for key in each)
-    return [key for key in keys if any(each.get(key) != settings[0].get(key) for each in settings)]
+    return [key for key in keys if len({_spelled(each.get(key)) for each in settings}) > 1]
+
+
+def _spelled(value: Any) -> str:
+    """Return a text that is the same for the same settings: in whatever order, left out or none."""
+    if isinstance(value, Mapping):
+        value = {key: each for key, each in value.items() if each is not None}
+    return json.dumps(value, sort_keys=True)
 
 
 def _distinguishing(settings: Sequence[Mapping[str, Any]]) -> list[str]:
@@ -185,7 +193,7 @@ def _distinguishing(settings: Sequence[Mapping[str, Any]]) -> list[str]:
     chosen: list[str] = []
 
     def num_classes(keys: Sequence[str]) -> int:
-        return len({repr([each.get(key) for key in keys]) for each in settings})
+        return len({_spelled([each.get(key) for key in keys]) for each in settings})
 
     while num_classes(chosen) < len(settings):
         chosen.append(max(candidates, key=lambda key: num_classes([*chosen, key])))

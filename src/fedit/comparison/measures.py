@@ -13,6 +13,8 @@ from fedit.report import RunFolder
 from fedit.report.format import METRIC_LABELS
 
 BASELINES = ("base", "local", "central")
+GONE = "gone"
+"""In place of the digest of the test rows: the answers, which had them, were deleted"""
 
 
 @dataclass(frozen=True)
@@ -48,8 +50,8 @@ MEASURES = {
 }
 """The difference is that of the response loss to the reference's run of the same seed. Bytes are per client and round,
 both ways as messages; the server's seconds are the median round's, for the aggregation; the aggregation loss is the
-mean over rounds. The worst client's loss is there where clients have models of their own; unseen are the losses on what
-no model was trained on."""
+mean over rounds. The worst client's loss is there where the federated model is the clients' own ones; unseen are the
+losses on what no model was trained on."""
 
 
 def measure_run(run: RunFolder) -> dict[str, Any]:
@@ -63,14 +65,7 @@ def measure_run(run: RunFolder) -> dict[str, Any]:
     federated = models["federated"]
     values = {
         **_metrics(federated),
-        "worst_client": next(
-            (
-                evaluation[f"{kind}_worst_client"]["response_loss"]
-                for kind in ("federated", "personal")
-                if f"{kind}_worst_client" in evaluation
-            ),
-            None,
-        ),
+        "worst_client": evaluation.get("federated_worst_client", {}).get("response_loss"),
         "preference_accuracy": evaluation.get("preference_accuracy", {}).get("federated"),
         "attack_success": evaluation.get("attack", {}).get("success", {}).get("federated"),
         "epsilon": run.rounds[-1].get("epsilon") if run.rounds else None,
@@ -127,7 +122,9 @@ def _test_rows(run: RunFolder) -> dict[str, str]:
             break
         texts.update(row_key(line))
         sizes.update(f"{line['num_tokens']} ".encode())
-    return {} if first is None else {"test_rows": texts.hexdigest()[:16], "test_tokens": sizes.hexdigest()[:16]}
+    if first is None:
+        return {"test_rows": GONE}
+    return {"test_rows": texts.hexdigest()[:16], "test_tokens": sizes.hexdigest()[:16]}
 
 
 def row_key(line: Mapping[str, Any]) -> bytes:

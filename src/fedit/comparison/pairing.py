@@ -18,6 +18,7 @@ seed would change is in the standard deviation of d_s over the seeds, which stan
 
 from __future__ import annotations
 
+import functools
 import itertools
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -98,13 +99,18 @@ def paired_interval(pairs: Sequence[Pair]) -> list[float] | None:
         np.add.at(bottoms[seed], columns, pair.sizes)
     if num_rows < 2 or not np.isfinite(tops).all():
         return None
-    draws = _draws(bottoms > 0)
+    has_row = bottoms > 0
+    draws = _draws(has_row.tobytes(), len(pairs))
     estimates = ((draws @ tops.T) / (draws @ bottoms.T)).mean(axis=1)
     return [float(bound) for bound in np.percentile(estimates, [2.5, 97.5])]
 
 
-def _draws(has_row: np.ndarray) -> np.ndarray:
-    """Return [resamples, rows]: how often each row counts, where `has_row` [seeds, rows] says which seed has which."""
+@functools.lru_cache(maxsize=4)  # the metrics and groups of a comparison mostly share their rows
+def _draws(which: bytes, num_seeds: int) -> np.ndarray:
+    """Return [resamples, rows]: how often each row counts, where the bools [seeds, rows] in `which` say which seed has
+    which row.
+    """
+    has_row = np.frombuffer(which, dtype=bool).reshape(num_seeds, -1)
     rng = derive_rng(0, "bootstrap", "comparison")
     num_rows = has_row.shape[1]
     draws = np.zeros((NUM_RESAMPLES, num_rows))

@@ -136,22 +136,19 @@ def _generate(models: RunModels, saved: _Saved, questions: Sequence[Question], n
     for turn in range(max(len(question.turns) for question in questions)):
         for names in together(models.adapters, min(NUM_SLOTS, 2 * models.model.max_slots)):
             waiting = [
-                (slot, question)
+                (slot, question, before)
                 for slot, name in enumerate(names)
                 for question in questions
-                if len(question.turns) > turn == len(saved.answers(name, question))
+                if len(question.turns) > turn == len(before := saved.answers(name, question))
             ]
             prompts = [
-                (
-                    slot,
-                    models.prompt(_conversation(question, saved.answers(names[slot], question)), saved.max_new_tokens),
-                )
-                for slot, question in waiting
+                (slot, models.prompt(_conversation(question, before), saved.max_new_tokens))
+                for slot, question, before in waiting
             ]
             adapters = [models.adapters[name] for name in names]
             for index, text in continue_prompts(models.model, adapters, prompts, saved.max_new_tokens):
-                slot, question = waiting[index]
-                saved.add(names[slot], question, text.strip())
+                slot, question, before = waiting[index]
+                saved.add(names[slot], question, before, text.strip())
                 num_done += 1
                 notify(f"Answers: {num_done:,} of {num_all:,}")
 
@@ -184,9 +181,8 @@ class _Saved:
             texts.append(text)
         return tuple(texts)
 
-    def add(self, model: str, question: Question, text: str) -> None:
-        """Save the answer to the next turn."""
-        before = self.answers(model, question)
+    def add(self, model: str, question: Question, before: Sequence[str], text: str) -> None:
+        """Save the answer to the turn that follows those answered by `before`."""
         key = self._key(model, question, before)
         about = {"model": model, "question_id": question.question_id, "turn": len(before) + 1}
         append_line(self._path, {"asked": key, **about, "max_new_tokens": self.max_new_tokens, "text": text})

@@ -193,8 +193,9 @@ class ServerJudge:
 
     def _said(self, error: APIStatusError) -> str:
         body = error.body if isinstance(error.body, dict) else {}
-        text = str(body.get("message") or error.response.text or "nothing").strip()
-        return self._clean(f"{error.status_code}, {text if len(text) <= 300 else text[:300] + '...'}")
+        # What is cut before the key is taken out may end in the middle of it.
+        text = self._clean(str(body.get("message") or error.response.text or "nothing").strip())
+        return f"{error.status_code}, {text if len(text) <= 300 else text[:300] + '...'}"
 
     def _clean(self, text: str) -> str:
         """Return what a server said without the key, which some repeat."""
@@ -270,14 +271,16 @@ def _retry_after(error: APIStatusError) -> float | None:
 
 
 def _reply(completion: ChatCompletion) -> Reply:
-    """Return the first choice; raise _NoReplyError where there is none: servers send what they like."""
+    """Return the first choice; raise _NoReplyError where there is none: servers send what they like, unchecked."""
     choices = getattr(completion, "choices", None)
-    if not choices:
-        raise _NoReplyError("the reply is no chat completion: it has no choices")
-    usage = completion.usage
+    first = choices[0] if isinstance(choices, list) and choices else None
+    content = getattr(getattr(first, "message", None), "content", 0)
+    if not isinstance(content, str | None):
+        raise _NoReplyError("the reply is no chat completion: it has no choice with a message of text")
+    usage = getattr(completion, "usage", None)
+    counts = [getattr(usage, name, None) for name in ("prompt_tokens", "completion_tokens")]
     return Reply(
-        text=choices[0].message.content or "",
-        prompt_tokens=usage.prompt_tokens if usage else 0,
-        completion_tokens=usage.completion_tokens if usage else 0,
-        finish_reason=choices[0].finish_reason or "",
+        content or "",
+        *(count if isinstance(count, int) else 0 for count in counts),
+        finish_reason=str(getattr(first, "finish_reason", None) or ""),
     )

@@ -5,7 +5,7 @@ from __future__ import annotations
 import hashlib
 import json
 import math
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -186,7 +186,11 @@ def plan(
             lacking = len(question.turns) - len(known)
             num_missing += lacking
             whole[each][question.question_id] = (*known, *[MISSING_ANSWER] * lacking)
-    requests = list(contest.requests(whole).values())
+    written, unwritten = list[Request](), list[Request]()
+    for request in contest.requests(whole).values():
+        lacks = any(MISSING_ANSWER in message["content"] for message in request.messages)
+        (unwritten if lacks else written).append(request)
+    requests = [*distinct(written), *unwritten]  # what is not there yet may come out alike, too: it is counted as it is
     asked = [request for request in requests if replies.get(request) is None]
     texts = [message["content"] for request in asked for message in request.messages]
     num_unwritten = sum(text.count(MISSING_ANSWER) for text in texts)
@@ -198,6 +202,11 @@ def plan(
         most_reply_tokens=None if most_tokens is None else len(asked) * most_tokens,
         example=requests[0],
     )
+
+
+def distinct(requests: Iterable[Request]) -> list[Request]:
+    """Return each request once: two answers may be the same."""
+    return list({json.dumps(request.messages): request for request in requests}.values())
 
 
 # ---------------------------------------------------------------------------------------------------------- the judging
@@ -225,7 +234,8 @@ def judge_contest(
         EngineError: the judge does not answer (`Judge.ask`), or not with scores: no number is made of its replies.
     """
     requests = contest.requests(answers)
-    waiting = [request for request in requests.values() if replies.get(request) is None]
+    asked = distinct(requests.values())
+    waiting = [request for request in asked if replies.get(request) is None]
     fresh = list[Reply]()
     reasons = list[str]()
     any_scores = False
@@ -242,13 +252,13 @@ def judge_contest(
                 raise EngineError(_nonsense(judge, len(fresh), 0, reply))
         notify(f"Judged: {len(fresh) + len(reasons):,} of {len(waiting):,}")
 
-    judge.ask(list({json.dumps(request.messages): request for request in waiting}.values()), on_reply)
+    judge.ask(waiting, on_reply)
     found = {cell: replies.get(request) for cell, request in requests.items()}
     scores = {cell: None if reply is None else contest.parse(reply.text) for cell, reply in found.items()}
-    answered = [reply for reply in found.values() if reply is not None]
+    answered = [reply for request in asked if (reply := replies.get(request)) is not None]
     unread = [reply for reply in answered if contest.parse(reply.text) is None]
     if not answered:
-        raise EngineError(f"The judge at {judge.where} answered none of {len(requests)} requests: {reasons[0]}.")
+        raise EngineError(f"The judge at {judge.where} answered none of {len(asked)} requests: {reasons[0]}.")
     if len(answered) - len(unread) < LEAST_SCORED * len(answered):
         raise EngineError(_nonsense(judge, len(answered), len(answered) - len(unread), unread[0]))
     result = {
@@ -261,9 +271,9 @@ def judge_contest(
         "num_questions": len(contest.questions),
         **contest.summarise(scores),
         "replies": {
-            "wanted": len(requests),
+            "wanted": len(asked),
             "without_scores": len(unread),
-            "missing": len(requests) - len(answered),
+            "missing": len(asked) - len(answered),
             "why_missing": reasons[:1],
             "cut": sum(reply.finish_reason == "length" for reply in answered),
         },

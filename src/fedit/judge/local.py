@@ -105,9 +105,13 @@ class LocalJudge:
                 max_new_tokens=self.max_tokens,
                 do_sample=False,
             )
-            texts = self._tokenizer.batch_decode(output[:, longest:], skip_special_tokens=True)
-            for (request, own), text in zip(batch, texts, strict=True):
-                yield request, Reply(text.strip(), len(own), len(self._ids(text)))
+            said = output[:, longest:]
+            end = self._base.generation_config.eos_token_id
+            ends = torch.tensor([] if end is None else end, dtype=said.dtype, device=said.device)
+            is_cut = (~torch.isin(said, ends).any(dim=1)).tolist()
+            texts = self._tokenizer.batch_decode(said, skip_special_tokens=True)
+            for (request, own), text, cut in zip(batch, texts, is_cut, strict=True):
+                yield request, Reply(text.strip(), len(own), len(self._ids(text)), "length" if cut else "stop")
 
     def _weigh(self, asked: Sequence[tuple[Request, list[int]]]) -> Iterator[tuple[Request, Reply]]:
         """Yield replies that hold expected scores."""

@@ -104,11 +104,13 @@ def parse_pair(reply: str) -> tuple[float, ...] | None:
 
     >>> parse_pair("8 9.5\nBoth answers are helpful.")
     (8.0, 9.5)
+    >>> parse_pair("**8** **9**")
+    (8.0, 9.0)
     >>> parse_pair("Answer 1 deserves 8, answer 2 deserves 9.") is None
     True
     """
     lines = _THOUGHTS.sub("", reply).strip().splitlines()
-    found = _PAIR.fullmatch(lines[0].strip(" \t*")) if lines else None
+    found = _PAIR.fullmatch(lines[0].replace("*", "").strip()) if lines else None
     return None if found is None else _in_range(*found.groups())
 
 
