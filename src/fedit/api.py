@@ -38,6 +38,8 @@ def run(
         DataError, EngineError: rows or base cannot be used.
         RoundError: a round could not be completed; with `resume`, the same call goes on from the round before.
     """
+    if resume and folder is None:
+        raise ConfigError("resume=True goes on in a folder: name it, folder=...")
     files = [Path(file) for file in plugin_files]
     if isinstance(config, RunConfig):
         if overrides:

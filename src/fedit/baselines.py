@@ -126,14 +126,18 @@ def saved_adapters(
 
     `clients` are the run's, with their numbers of rows; `initial` is the untrained adapter that all started from.
     """
-    start = {LOCAL_PREFIX + client: initial.cut(client_rank(config, clients, client)) for client in clients}
-    start[CENTRAL] = initial
+
+    def start(name: str) -> Adapter:
+        if name == CENTRAL:
+            return initial
+        return initial.cut(client_rank(config, clients, name.removeprefix(LOCAL_PREFIX)))
+
     found: dict[str, Adapter] = {}
     for path in sorted(folder.glob("*.safetensors")):
         with safe_open(path, "pt") as file:
             about = _about(file)
             here = [name for name in about["adapters"] if name in wanted and about["num_pieces"] == config.rounds]
-            found |= _adapters(file, {name: start[name] for name in here})
+            found |= _adapters(file, {name: start(name) for name in here})
     return found
 
 

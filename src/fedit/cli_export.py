@@ -94,3 +94,4 @@ def _refuse(
     for file, program in ((gguf, publish.MODEL_CONVERTER), (gguf_adapter, publish.ADAPTER_CONVERTER)):
         if file is not None:
             publish.find_converter(program, llama_cpp)
+            publish.check_new_file(file)

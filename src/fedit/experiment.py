@@ -315,6 +315,8 @@ def describe_run(
         "config": config.to_json(),
         "recipe": recipe,
         "plugin_files": [str(file) for file in plugin_files],
+        # What is a folder or file here now may be gone, or be called otherwise, when somebody reads this.
+        "on_hub": {"model": _is_on_hub(config.model.path), "data": _is_on_hub(config.data.path)},
         "versions": {"python": platform.python_version()}
         | {name: importlib.metadata.version(name) for name in ("fedit", "torch", "transformers", "peft", "numpy")},
         "hardware": {
@@ -328,6 +330,10 @@ def describe_run(
             "weights_sha256": weights_digest,
         },
     }
+
+
+def _is_on_hub(path: str) -> bool:
+    return not path.startswith("builtin:") and not Path(path).exists()
 
 
 def _start_folder(folder: Path, data: FederatedData, described: Mapping[str, Any]) -> None:

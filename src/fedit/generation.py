@@ -34,10 +34,13 @@ class Sampling:
     """Of the draws; None: others every time. Rows of one call share the draws' stream."""
 
     def __post_init__(self) -> None:
-        if not 0 <= self.temperature <= 10:
-            raise ConfigError(f"temperature = {self.temperature}: expected a number from 0 (greedy) to 10.")
+        # Logits that are divided by less overflow.
+        if self.temperature != 0 and not 0.001 <= self.temperature <= 10:
+            raise ConfigError(f"temperature = {self.temperature}: expected 0 (greedy), or a number from 0.001 to 10.")
         if not 0 < self.top_p <= 1:
             raise ConfigError(f"top_p = {self.top_p}: expected a number above 0, up to 1 (all tokens).")
+        if self.seed is not None and not 0 <= self.seed < 2**63:
+            raise ConfigError(f"seed = {self.seed}: expected a whole number from 0 to 2^63 - 1.")
 
     def options(self) -> dict[str, Any]:
         """Return what transformers' `generate` is told."""

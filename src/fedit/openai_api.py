@@ -53,7 +53,7 @@ class AskedOf(BaseModel, extra="forbid"):
             for name, value in asked.items()
             if value is not None
             and name not in cls.WITHOUT_MEANING
-            and not (name in cls.NEUTRAL and value == cls.NEUTRAL[name])
+            and not (name in cls.NEUTRAL and _is_same(value, cls.NEUTRAL[name]))
         }
 
     @field_validator("stop", mode="before")
@@ -71,6 +71,11 @@ class AskedOf(BaseModel, extra="forbid"):
     def most(self) -> int | None:
         """Tokens of the answer at most, if the request says it."""
         return self.max_tokens
+
+
+def _is_same(value: Any, neutral: Any) -> bool:
+    """Tell whether both are equal; 0 and false are not: ``logprobs`` = 0 asks for something."""
+    return value == neutral and isinstance(value, bool) == isinstance(neutral, bool)
 
 
 class Part(BaseModel, extra="forbid"):

@@ -42,7 +42,7 @@ def export_adapter(folder: Path, name: str, target: Path, licence: str = UNKNOWN
         save_tokenizer(load_tokenizer(str(source)), config.data.template, partial)
         for file in partial.rglob("adapter_config.json"):
             described = json.loads(file.read_text(encoding="utf-8"))
-            described["base_model_name_or_path"] = name_of(config.model.path)
+            described["base_model_name_or_path"] = name_of(run, "model")
             write_atomically(file, json.dumps(described, indent=2, sort_keys=True).encode())
         write_card(run, exact, "adapter", partial, licence)
     return exact
@@ -125,9 +125,14 @@ def find_converter(program: str, llama_cpp: Path | None) -> list[str]:
     )
 
 
-def _convert(command: Sequence[str], target: Path) -> None:
+def check_new_file(target: Path) -> None:
+    """Raise EngineError where there is such a file already."""
     if target.exists():
         raise EngineError(f"{target} exists. Give the name of a new file.")
+
+
+def _convert(command: Sequence[str], target: Path) -> None:
+    check_new_file(target)
     target.parent.mkdir(parents=True, exist_ok=True)
     partial = target.with_name(f".{target.name}.partial")
     try:
@@ -165,7 +170,8 @@ def push_to_hub(folder: Path, repository: str, *, public: bool = False) -> str:
     ``hf auth login``.
 
     Raises:
-        ConfigError: the name is none, there is no token, or the repository is public and `public` is off.
+        ConfigError: the name is none, there is no token, or the repository is public and `public` is off, or the other
+            way round.
         EngineError: the Hub refuses, or does not answer.
     """
     from huggingface_hub import HfApi
@@ -181,6 +187,11 @@ def push_to_hub(folder: Path, repository: str, *, public: bool = False) -> str:
         raise ConfigError(
             f"--push-to-hub {repository}: it is public already, and everybody would see the model. Add --public, or "
             "give another name."
+        )
+    if public and not seen_by_all:
+        raise ConfigError(
+            f"--push-to-hub {repository}: it is there already, and private. Make it public on the Hub first, or leave "
+            "--public out."
         )
     try:
         api.upload_folder(

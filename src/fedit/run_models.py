@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Generator, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -62,7 +62,7 @@ def resolve_names(folder: Path, wanted: Sequence[str]) -> list[str]:
     known = model_names(folder)
     names = []
     for name in wanted:
-        exact = name if name in known else _median(folder, name) or name
+        exact = name if name in known else median_model(folder, name) or name
         if exact not in known:
             raise ConfigError(f"{folder} has no model {name!r}. {_what_it_has(name, known)}")
         names.append(exact)
@@ -134,7 +134,7 @@ class RunModels:
 
     def answer(
         self, conversations: Mapping[str, Example], max_new_tokens: int, sampling: Sampling = GREEDY
-    ) -> Iterator[dict[str, str]]:
+    ) -> Generator[dict[str, str]]:
         """Yield, by model, the answer so far to its conversation, whose last response is empty.
 
         Models that can share a pass through the base answer together, the others after them. Where the context would
@@ -195,8 +195,11 @@ def _described(folder: Path) -> tuple[RunFolder, RunConfig]:
     return run, parse_config(run.run)
 
 
-def _median(folder: Path, kind: str) -> str | None:
-    """Return the model of the (lower) median client, of those of a kind, such as ``local``."""
+def median_model(folder: Path, kind: str) -> str | None:
+    """Return the model of the (lower) median client by response loss, of those of a kind, such as ``local``.
+
+    None: there is none, or the run is not evaluated.
+    """
     per_client = RunFolder.read(folder).evaluation.get("models", {}).get(kind, {}).get("per_client", {})
     losses = {client: own["response_loss"]["all"] for client, own in per_client.items()}
     by_loss = sorted(losses, key=lambda client: math.inf if losses[client] is None else losses[client])
@@ -207,4 +210,9 @@ def _what_it_has(name: str, known: Sequence[str]) -> str:
     is_baseline = name.partition("/")[0] in {LOCAL, CENTRAL}
     if is_baseline and not any(other.startswith(LOCAL_PREFIX) for other in known):
         return "It was run without baselines (evaluation.baselines = false)."
+    if of_kind := [other for other in known if other.startswith(f"{name}/")]:
+        return (
+            "It is not evaluated, so the median client is not known: finish it with `fedit run --resume`, or name a "
+            f"client: {of_kind[0]}, for example."
+        )
     return did_you_mean(name, known)

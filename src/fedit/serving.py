@@ -20,17 +20,16 @@ from starlette.middleware.trustedhost import TrustedHostMiddleware
 
 from fedit.answering import Answering, Question
 from fedit.base import resolve_path
-from fedit.data import encode_prompt
+from fedit.data import check_text, encode_prompt
 from fedit.interfaces import ConfigError, DataError, EngineError, did_you_mean
 from fedit.openai_api import AskedChat, AskedCompletion, AskedOf, Reply, error_object
+from fedit.report.format import vllm_rank
 from fedit.run_models import RunModels
 
 DEFAULT_TOKENS = 256
 """Of an answer at most, where the request does not say"""
 GONE = 499
 """Status of an answer that nobody reads (nginx's)"""
-VLLM_RANKS = (8, 16, 32, 64, 128, 256, 320, 512)
-"""What vLLM takes as --max-lora-rank"""
 
 
 def serve_models(
@@ -108,6 +107,7 @@ class _Endpoints:
         return await self._respond(request, asked, encode_prompt(asked.conversation(), template, tokenizer))
 
     async def complete(self, asked: AskedCompletion, request: Request) -> Response:
+        check_text(asked.prompt)
         ids = self._models.model.tokenizer(asked.prompt)["input_ids"]
         if not ids:
             raise RefusalError(400, "The prompt has no tokens.", "prompt")
@@ -166,7 +166,7 @@ def vllm_command(models: RunModels) -> str:
         which = "" if adapter.is_dir() else " --model federated/CLIENT"
         merged = f"fedit export {shlex.quote(str(models.folder))}{which} --merged my-model"
         return f"  {merged}\n  vllm serve my-model --served-model-name federated"
-    rank = next((rank for rank in VLLM_RANKS if rank >= models.config.adapter.max_rank), models.config.adapter.max_rank)
+    rank = vllm_rank(models.config.adapter.max_rank)
     place = shlex.quote(str(adapter))
     return (
         f"  vllm serve {shlex.quote(base)} --tokenizer {place} \\\n"

@@ -72,7 +72,7 @@ class TensorBoard:
         shutil.rmtree(folder, ignore_errors=True)
         self.id, self.rounds_seen = None, 0
         self._writer = SummaryWriter(str(folder))
-        self._writer.add_text("config", "\n".join(f"    {key} = {value}" for key, value in run.settings.items()))
+        self._writer.add_text("config", "\n".join(f"    {key} = {value}" for key, value in told_settings(run).items()))
         self.where = f"tensorboard --logdir {shlex.quote(str(folder))}"
 
     def log(self, round_number: int, metrics: Metrics) -> None:
@@ -103,7 +103,7 @@ class MLflow:
             found = self._client.get_experiment_by_name(name)
             experiment = found.experiment_id if found else self._client.create_experiment(name)
             self.id = self._client.create_run(experiment, run_name=run.path.name).info.run_id
-            parameters = [Param(key, clip(str(value), LONGEST_PARAMETER)) for key, value in run.settings.items()]
+            parameters = [Param(key, clip(str(value), LONGEST_PARAMETER)) for key, value in told_settings(run).items()]
             for start in range(0, len(parameters), MOST_PARAMETERS):
                 self._client.log_batch(self.id, params=parameters[start : start + MOST_PARAMETERS])
         else:
@@ -138,7 +138,7 @@ class WeightsAndBiases:
             resume="allow",
             name=run.path.name,
             dir=str(run.path),
-            config=dict(run.run),
+            config=told_settings(run),
             settings=wandb.Settings(console="off", silent=True),
         )
         self.where = self._run.url or f"wandb sync {shlex.quote(str(Path(self._run.dir).parent))}"
@@ -178,9 +178,10 @@ class Mirror:
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
-        final = {} if kind else final_metrics(RunFolder.read(self._folder))
+        run = RunFolder.read(self._folder)
+        is_finished = kind is None and (bool(run.evaluation) or len(run.rounds) == run.run["rounds"])
         for name, tracker in list(self._open.items()):
-            self._try(name, tracker.close, final, kind is None)
+            self._try(name, tracker.close, {} if kind else final_metrics(run), is_finished)
 
     def __call__(self, event: Event) -> None:
         self._notify(event)
@@ -260,6 +261,17 @@ def kept_trackers(folder: Path) -> dict[str, str | None]:
     """Return the trackers that the run in `folder` has been mirrored to, and what it is called there."""
     file = folder / KEPT
     return json.loads(file.read_text(encoding="utf-8")) if file.is_file() else {}
+
+
+def told_settings(run: RunFolder) -> dict[str, Any]:
+    """Return the configuration, key.sub -> value, with the number of clients in place of their names."""
+    settings = run.settings
+    for table, key in (("cohort", "availability"), ("attack", "clients")):
+        named = (run.run.get(table) or {}).get(key)
+        if isinstance(named, Mapping | list | tuple):
+            settings = {each: value for each, value in settings.items() if not f"{each}.".startswith(f"{table}.{key}.")}
+            settings[f"{table}.{key}"] = f"of {len(named)} clients, by name"
+    return settings
 
 
 def round_metrics(line: Mapping[str, Any], seconds: float | None) -> dict[str, float]:

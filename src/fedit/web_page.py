@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+import threading
+from collections.abc import Callable, Generator, Iterator, Mapping, Sequence
+from contextlib import closing, contextmanager
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -17,7 +18,7 @@ from fedit.generation import Sampling
 from fedit.interfaces import ConfigError, Example, FeditError, Turn
 from fedit.report import RunFolder
 from fedit.report.samples import choose_samples
-from fedit.run_models import BASE, FEDERATED, LOCAL, RunModels, model_names, resolve_names
+from fedit.run_models import BASE, FEDERATED, LOCAL, RunModels, median_model, model_names
 
 STYLE = """
 .gradio-container { max-width: 1500px !important; }
@@ -62,46 +63,16 @@ class Columns:
             owners.append(FEDERATED_PREFIX)
         of_first = [name.partition("/")[2] for name in names if owners and name.startswith(owners[0])]
         clients = [client for client in of_first if all(prefix + client in names for prefix in owners)]
-        median = clients[0] if clients else ""
-        if "Local-only" in columns:
-            (name,) = resolve_names(models.folder, [LOCAL])
-            median = name.removeprefix(LOCAL_PREFIX)
+        median = (median_model(models.folder, LOCAL) or "").removeprefix(LOCAL_PREFIX)
+        if median not in clients:  # of a client that was never drawn there is no federated model
+            median = clients[0] if clients else ""
         return cls(columns, clients, median)
 
 
 def build_page(models: RunModels) -> gr.Blocks:
     """Return the page; it loads a model's adapter when it is asked first."""
     columns = Columns.of(models)
-    opened = models
-
-    def ask(
-        question: str,
-        context: str,
-        client: str,
-        done: list[Exchange],
-        temperature: float,
-        top_p: float,
-        max_new_tokens: int,
-        seed: str,
-    ) -> Iterator[list[Any]]:
-        """Yield the boxes, the exchanges and every chat after each token of the answers."""
-        nonlocal opened
-        if not question.strip():
-            return
-        names = {title: model(client) for title, model in columns.models.items()}
-        exchange = Exchange(Turn(question.strip(), "", context.strip()), dict.fromkeys(names, ""))
-        conversations = {name: _conversation(done, exchange, title) for title, name in names.items()}
-        boxes = ["", ""]
-        try:
-            opened = opened.with_models(list(names.values()))
-            sampling = Sampling(temperature, top_p, _whole_number(seed))
-            for answers in opened.answer(conversations, int(max_new_tokens), sampling):
-                exchange = replace(exchange, answers={title: answers[name] for title, name in names.items()})
-                exchanges = [*done, exchange]
-                yield [*boxes, exchanges, *(_messages(exchanges, title) for title in names)]
-                boxes = [gr.skip(), gr.skip()]
-        except FeditError as error:
-            raise gr.Error(str(error), duration=None, print_exception=False) from error
+    asker = Asker(models, columns)
 
     def start_over(client: str) -> list[Any]:
         chats = [gr.Chatbot([], label=_label(title, model(client))) for title, model in columns.models.items()]
@@ -155,13 +126,54 @@ def build_page(models: RunModels) -> gr.Blocks:
         inputs = [question, context, client, exchanges, temperature, top_p, max_new_tokens, seed]
         outputs = [question, context, exchanges, *chats]
         asked = gr.on(
-            [button.click, question.submit, context.submit], ask, inputs, outputs, show_progress="hidden",
+            [button.click, question.submit, context.submit], asker.ask, inputs, outputs, show_progress="hidden",
             trigger_mode="once", concurrency_limit=1, api_visibility="private",
         )  # fmt: skip
         stop.click(None, cancels=[asked], api_visibility="private")
         for restart in (clear.click, client.change):
             restart(start_over, client, [exchanges, *chats], cancels=[asked], api_visibility="private")
     return page
+
+
+class Asker:
+    """Asks the models of a page, one question after the other."""
+
+    def __init__(self, models: RunModels, columns: Columns) -> None:
+        self._models = models
+        self._columns = columns
+        # Gradio lets the next question in while a stopped one still waits for its last token.
+        self._alone = threading.Lock()
+
+    def ask(
+        self,
+        question: str,
+        context: str,
+        client: str,
+        done: list[Exchange],
+        temperature: float,
+        top_p: float,
+        max_new_tokens: int,
+        seed: str,
+    ) -> Generator[list[Any]]:
+        """Yield the boxes, the exchanges and every chat after each token of the answers."""
+        if not question.strip():
+            return
+        names = {title: model(client) for title, model in self._columns.models.items()}
+        exchange = Exchange(Turn(question.strip(), "", context.strip()), dict.fromkeys(names, ""))
+        conversations = {name: _conversation(done, exchange, title) for title, name in names.items()}
+        boxes = ["", ""]
+        try:
+            sampling = Sampling(temperature, top_p, _whole_number(seed))
+            with self._alone:
+                self._models = self._models.with_models(list(names.values()))
+                with closing(self._models.answer(conversations, int(max_new_tokens), sampling)) as growing:
+                    for answers in growing:
+                        exchange = replace(exchange, answers={title: answers[name] for title, name in names.items()})
+                        exchanges = [*done, exchange]
+                        yield [*boxes, exchanges, *(_messages(exchanges, title) for title in names)]
+                        boxes = [gr.skip(), gr.skip()]
+        except FeditError as error:
+            raise gr.Error(str(error), duration=None, print_exception=False) from error
 
 
 @contextmanager

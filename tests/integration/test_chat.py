@@ -80,6 +80,14 @@ def test_it_goes_on_after_a_question_that_is_too_long(fedit, asked_run, monkeypa
     assert len(done.stdout.splitlines()) >= 2
 
 
+def test_it_goes_on_after_what_is_no_text(fedit, asked_run, monkeypatch) -> None:
+    typed(monkeypatch, [b"caf\xe9".decode("utf-8", "surrogateescape"), "ab 1?"])
+    done = fedit("chat", asked_run)
+    assert done.status == 0, done.stderr
+    assert "Character 4 is no text" in done.stderr
+    assert done.stdout.strip()
+
+
 def test_sampling(fedit, asked_run, monkeypatch) -> None:
     said = []
     for seed in ("1", "1", "2"):
@@ -92,7 +100,8 @@ def test_sampling(fedit, asked_run, monkeypatch) -> None:
     ("options", "message"),
     [
         (["--model", "local/7"], "no model 'local/7'. Did you mean 'local/"),
-        (["--temperature", "-1"], "temperature = -1.0: expected a number from 0"),
+        (["--temperature", "-1"], "temperature = -1.0: expected 0 (greedy), or a number"),
+        (["--temperature", "1", "--seed", "9" * 20], "expected a whole number from 0 to 2^63 - 1"),
         (["--max-new-tokens", "0"], "--max-new-tokens 0: expected 1 or more"),
     ],
 )

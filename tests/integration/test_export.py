@@ -141,14 +141,19 @@ def test_an_answer_ends_where_the_tuned_one_does(fedit, recipe, tmp_path, tiny_m
         (["--public", "--adapter", "x"], "--public is for --push-to-hub"),
         (["--gguf", "x.gguf"], "convert_hf_to_gguf.py, which is not on the PATH"),
         (["--gguf-adapter", "x.gguf", "--llama-cpp", "empty"], "convert_lora_to_gguf.py, which is not in empty"),
+        (["--gguf", "full/thesis.txt", "--llama-cpp", "there"], "full/thesis.txt exists"),
         (["--push-to-hub", "name"], "expected NAMESPACE/NAME"),
         (["--push-to-hub", "my lab/name"], "--push-to-hub my lab/name: "),
         (["--push-to-hub", "lab/name"], "needs a token: set HF_TOKEN"),
     ],
 )
-def test_bad_input(fedit, finished, monkeypatch, options, message) -> None:
+def test_bad_input(fedit, finished, monkeypatch, tmp_path, options, message) -> None:
     Path("full").mkdir()
     Path("full", "thesis.txt").touch()
+    converter = tmp_path / "there" / "convert_hf_to_gguf.py"
+    converter.parent.mkdir()
+    converter.touch()
+    options = [converter.parent if option == "there" else option for option in options]
     monkeypatch.setattr("huggingface_hub.get_token", lambda: None)
     monkeypatch.delenv("LLAMA_CPP", raising=False)
     monkeypatch.setenv("PATH", "empty")
@@ -338,6 +343,10 @@ def test_pushing_to_the_hub(finished, tmp_path) -> None:
         done = push(finished, hub.endpoint, "hf_secret", "--merged", merged, "--push-to-hub", "lab/model")
         assert done.returncode == 0, done.stderr
         assert set(hub.files["lab/model"]) == {file.name for file in merged.iterdir()}
+
+        done = push(finished, hub.endpoint, "hf_secret", "--push-to-hub", "lab/model", "--public")
+        assert done.returncode == 1
+        assert "it is there already, and private" in done.stderr
 
         hub.repositories["lab/model"] = False
         done = push(finished, hub.endpoint, "hf_secret", "--push-to-hub", "lab/model")

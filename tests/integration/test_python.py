@@ -60,6 +60,11 @@ def test_the_same_call_goes_on_where_it_was_interrupted(fedit, recipe: Path, tmp
         library.run(recipe, ["rounds=5"], folder=run.path, resume=True)
 
 
+def test_a_run_goes_on_in_a_folder(recipe: Path) -> None:
+    with pytest.raises(ConfigError, match="name it, folder="):
+        library.run(recipe, resume=True)
+
+
 def test_overrides_are_for_recipes(fedit, recipe: Path) -> None:
     with pytest.raises(ConfigError, match="load_config"):
         library.run(load_config(str(recipe)), ["rounds=1"])

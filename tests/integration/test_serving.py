@@ -174,6 +174,9 @@ def test_tokens_and_why_an_answer_ended(web, models) -> None:
         ({"n": 2}, 400, "n: is not supported here", "n"),
         ({"tools": [{"type": "function"}]}, 400, "tools: is not supported here", "tools"),
         ({"temperature": -1}, 400, "temperature = -1.0", None),
+        ({"temperature": 1e-40}, 400, "temperature = 1e-40", None),
+        ({"temperature": 1, "seed": 10**23}, 400, "seed = 100000000000000000000000", None),
+        ({"logprobs": 0}, 400, "logprobs: is not supported here", "logprobs"),
         ({"stop": ["a"] * 5}, 400, "stop: ", "stop"),
         ({"max_tokens": 0}, 400, "max_tokens: ", "max_tokens"),
         ({"messages": []}, 400, "messages: ", "messages"),
@@ -190,6 +193,20 @@ def test_refusals_are_openais_error_objects(web, asked: dict[str, Any], status: 
     assert message in refused["error"]["message"]
     assert refused["error"]["type"] == "invalid_request_error"
     assert param in {refused["error"]["param"], ...}
+
+
+@pytest.mark.parametrize(
+    ("address", "said"),
+    [
+        ("/v1/chat/completions", r'"messages": [{"role": "user", "content": "caf\ud800"}]'),
+        ("/v1/completions", r'"prompt": "caf\ud800"'),
+    ],
+)
+def test_what_is_no_text_is_refused(web, address: str, said: str) -> None:
+    body = '{"model": "federated", "max_tokens": 3, ' + said + "}"
+    refused = web.post(address, content=body, headers={"content-type": "application/json"})
+    assert refused.status_code == 400
+    assert "Character 4 is no text" in refused.json()["error"]["message"]
 
 
 def test_settings_that_change_nothing_are_taken(web) -> None:

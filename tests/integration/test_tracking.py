@@ -20,7 +20,8 @@ from typing import Any
 import pytest
 
 from fedit.live import LiveView
-from fedit.tracking import TRACKERS, check_trackers
+from fedit.report import RunFolder
+from fedit.tracking import TRACKERS, check_trackers, told_settings
 
 FAST = ["-o", "evaluation.max_new_tokens=0", "-o", "rounds=3"]
 
@@ -106,6 +107,45 @@ def test_a_finished_run_is_mirrored_afterwards(fedit, recipe, tmp_path) -> None:
         assert done.status == 0, done.stderr
         assert [step for step, _ in scalars(run)["train_loss"]] == [1, 2, 3]
         assert scalars(run)["final/federated/response_loss"][0][1] == pytest.approx(loss_of(run, "federated"))
+
+
+def test_an_unfinished_run_is_not_said_to_be_finished(fedit, recipe, tmp_path, tracked) -> None:
+    ends = []
+
+    class Noted:
+        id, where, rounds_seen = None, "here", 0
+
+        def __init__(self, run: RunFolder, known_as: str | None) -> None:
+            pass
+
+        def log(self, round_number: int, metrics: Any) -> None:
+            pass
+
+        def close(self, final: Any, finished: bool) -> None:
+            ends.append(finished)
+
+    tracked["tensorboard"] = Noted
+    run = tmp_path / "run"
+    with interrupted_in_round(2):
+        assert fedit("run", recipe, "--out", run, *FAST).status == 130
+    assert fedit("track", run, "tensorboard").status == 0
+    assert fedit("run", "--resume", run).status == 0
+    assert ends == [False, True]
+
+
+def test_no_client_is_named(fedit, recipe, tmp_path) -> None:
+    run, path = tmp_path / "run", tmp_path / "named.jsonl"
+    rows = [{"instruction": f"{n}?", "response": "yes", "category": "a", "client": "SM"[n % 2] * 5} for n in range(9)]
+    path.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    options = ["cohort.availability={ SSSSS = [[1, 2]] }", "partition.name=natural", "evaluation.baselines=false"]
+    options += [f"data.path={path}", "attack.name=label-flip", 'attack.clients=["MMMMM"]']
+    done = fedit("run", recipe, "--out", run, *FAST, *[part for option in options for part in ("-o", option)])
+    assert done.status == 0, done.stderr
+    told = told_settings(RunFolder.read(run))
+    assert "SSSSS" not in str(told)
+    assert "MMMMM" not in str(told)
+    assert told["cohort.availability"] == told["attack.clients"] == "of 1 clients, by name"
+    assert told["cohort.min_updates"] == 1
 
 
 # -------------------------------------------------------------------------------------------------------- bad input

@@ -9,15 +9,16 @@ import signal
 import subprocess
 import sys
 from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor, wait
 from pathlib import Path
 from typing import Any
 
 import pytest
 from chromium import Page, chromium_page
 
-from fedit.interfaces import Example, Turn
+from fedit.interfaces import ConfigError, Example, Turn
 from fedit.run_models import RunModels, resolve_names
-from fedit.web_page import Columns, describe_run
+from fedit.web_page import Asker, Columns, describe_run
 
 
 @pytest.fixture(scope="module")
@@ -145,6 +146,48 @@ def test_a_run_that_leaves_each_client_its_own_model(fedit, recipe, tmp_path) ->
     assert fedit("run", recipe, "--out", tmp_path / "run", *options).status == 0
     models = RunModels.open(tmp_path / "run", ["base"])
     assert titles(models, "2") == {"Base": "base", "Local-only": "local/2", "Federated": "federated/2"}
+
+
+def test_the_client_shown_first_has_every_model(fedit, recipe, tmp_path) -> None:
+    """The median client was never drawn; and before the evaluation there is no median."""
+    run = tmp_path / "run"
+    assert fedit("run", recipe, "--out", run, "-o", "aggregation.name=fedsa-lora").status == 0
+    models = RunModels.open(run, ["base"])
+    median = Columns.of(models).median
+    shutil.move(run / "adapters" / median, tmp_path / "away")
+    columns = Columns.of(models)
+    assert median not in columns.clients
+    assert columns.median == columns.clients[0]
+    (run / "evaluation.json").unlink()
+    assert Columns.of(models).median == columns.clients[0]
+    with pytest.raises(ConfigError, match=r"It is not evaluated, .* name a client: local/0"):
+        resolve_names(run, ["local"])
+
+
+def test_questions_are_answered_one_after_the_other(models: RunModels, monkeypatch) -> None:
+    """Also where the one before was stopped, and its answer is not closed yet."""
+    asker = Asker(models, Columns.of(models))
+    active, most = list[int](), list[int]()
+    streamed = RunModels.stream
+
+    def noted(self: RunModels, *arguments: Any) -> Iterator[Any]:
+        active.append(1)
+        most.append(len(active))
+        try:
+            yield from streamed(self, *arguments)
+        finally:
+            active.pop()
+
+    monkeypatch.setattr(RunModels, "stream", noted)
+    first = asker.ask("ab 1?", "", "0", [], 1.0, 1.0, 200, "1")
+    next(first)
+    with ThreadPoolExecutor(1) as pool:
+        second = pool.submit(lambda: len(list(asker.ask("cde 2?", "", "0", [], 0.0, 1.0, 3, ""))))
+        done, _ = wait([second], timeout=1)
+        assert not done
+        first.close()
+        assert second.result() > 0
+    assert most == [1, 1]
 
 
 def test_an_unfinished_run(fedit, asked_run: Path, tmp_path: Path) -> None:

@@ -36,14 +36,22 @@ def answered(model: str, passed: int) -> list[Prediction]:
     ]
 
 
-def make_run(folder: Path, *, partition: dict[str, Any] | None = None, epsilon: float | None = None, **config) -> Path:
-    """Write a run of two rounds and two clients, with an adapter."""
+def make_run(
+    folder: Path,
+    *,
+    partition: dict[str, Any] | None = None,
+    epsilon: float | None = None,
+    on_hub: bool = False,
+    **config,
+) -> Path:
+    """Write a run of two rounds and two clients, with an adapter; its base and its data came from the Hub, or not."""
     models = {name: answered(name, passed) for name, passed in
               {"base": 0, "local/a": 1, "local/b": 2, "central": 4, "federated": 3}.items()}  # fmt: skip
     described = {
         "config": {"rounds": 2, "model": {"path": "builtin:cria"}, "data": {"path": "builtin:pasture"}, **config},
         "recipe": "default",
         "plugin_files": [],
+        "on_hub": {"model": on_hub, "data": on_hub},
         "versions": {"fedit": "0.1.0"},
         "hardware": {"dtype": "float32", "device": "cpu", "cpu_count": 2},
         "model": {"weights_sha256": "abc123", "parameters": 9, "adapter_parameters": 1},
@@ -71,7 +79,7 @@ def card_of(folder: Path, model: str = "federated", kind: Any = "adapter", licen
 
 
 def test_what_the_hub_reads(tmp_path) -> None:
-    folder = make_run(tmp_path, model={"path": "meta/base-1B"}, data={"path": "lab/rows"})
+    folder = make_run(tmp_path, on_hub=True, model={"path": "meta/base-1B"}, data={"path": "lab/rows"})
     data = ModelCard(card_of(folder, licence="apache-2.0")).data.to_dict()
     assert data["base_model"] == "meta/base-1B"
     assert data["base_model_relation"] == "adapter"
@@ -124,6 +132,26 @@ def test_every_model_with_its_interval_and_this_one_marked(tmp_path) -> None:
     own = [line for line in card_of(folder, "local/a").splitlines() if "(this model)" in line]
     assert len(own) == 1
     assert own[0].startswith("| **local/a** (this model) | 1.750")
+
+
+def test_a_relative_path_is_no_name_on_the_hub(tmp_path) -> None:
+    """Wherever the card is written, and whatever became of the folder."""
+    folder = make_run(tmp_path, model={"path": "models/base"}, data={"path": "clinic-7/patients.jsonl"})
+    card = card_of(folder)
+    data = ModelCard(card).data.to_dict()
+    assert "base_model" not in data
+    assert "datasets" not in data
+    assert "models/base" not in card
+    assert "clinic-7" not in card
+
+
+def test_no_privacy_is_claimed_for_what_never_left_its_client(tmp_path) -> None:
+    folder = make_run(tmp_path, epsilon=1.5)
+    partition = json.loads((folder / "partition.json").read_text())
+    (folder / "partition.json").write_text(json.dumps(partition | {"privacy": STATEMENT}))
+    card = card_of(folder, "federated/a")
+    assert "differential privacy hides" not in card
+    assert "None is claimed: the privacy of the run is that of what clients send" in card
 
 
 @pytest.mark.parametrize("model", ["federated", "central"])

@@ -56,8 +56,6 @@ def test_a_recipe_that_was_changed_since_is_changed_back(tmp_path):
 
 def test_what_no_command_line_can_say(tmp_path):
     """Text "none" stands for nothing where a key may be left out."""
-    recipe = load_config("default").to_json()
-    recipe["data"]["test_path"] = "none"
     config = load_config("default")
     config = config.model_copy(update={"data": config.data.model_copy(update={"test_path": "none"})})
     assert run_command(config, "default") is None

@@ -1,7 +1,7 @@
 """Rows -> `Example` -> token ids: reading, templates, encoding."""
 
 from fedit.data.chat_templates import chat_template_of
-from fedit.data.encoding import Dropped, EncodingReport, encode, encode_all, encode_prompt
+from fedit.data.encoding import Dropped, EncodingReport, check_text, encode, encode_all, encode_prompt
 from fedit.data.loading import load_examples
 from fedit.data.templates import AlpacaTemplate, ChatTemplate, PlainTemplate
 
@@ -12,6 +12,7 @@ __all__ = [
     "EncodingReport",
     "PlainTemplate",
     "chat_template_of",
+    "check_text",
     "encode",
     "encode_all",
     "encode_prompt",

@@ -125,11 +125,25 @@ def encode_all(
     return encoded, report
 
 
+def check_text(text: str) -> None:
+    """Raise DataError for half of a surrogate pair, which no tokenizer takes: it came from bytes that are not UTF-8."""
+    try:
+        text.encode()
+    except UnicodeEncodeError as error:
+        raise DataError(f"Character {error.start + 1} is no text (half of a surrogate pair). Send UTF-8.") from error
+
+
 def encode_prompt(example: Example, template: Template, tokenizer: PreTrainedTokenizerBase) -> np.ndarray:
     """Return the ids (int32 [T]) of a conversation in progress: its last response is empty and to be generated.
 
     They equal `EncodedExample.prompt_ids` of the finished conversation. Nothing is shortened.
+
+    Raises:
+        DataError: it holds what is no text.
     """
+    said = [text for turn in example.turns for text in (turn.instruction, turn.context, turn.response)]
+    for text in (example.system, *said):
+        check_text(text)
     unfinished = replace(example, turns=(*example.turns[:-1], replace(example.turns[-1], response="")))
     ((ids, supervised),) = _tokenise([unfinished], template, tokenizer, prompts_only=True)
     assert not supervised[-1]

@@ -14,8 +14,6 @@ from typing import Any, Literal
 from urllib.parse import unquote
 
 from huggingface_hub import EvalResult, ModelCardData
-from huggingface_hub.errors import HFValidationError
-from huggingface_hub.utils import validate_repo_id
 from jinja2 import Environment, PackageLoader, StrictUndefined
 
 from fedit.config import RunConfig, load_plugins
@@ -67,9 +65,9 @@ def model_card(run: RunFolder, model: str, kind: Kind, folder: Path, licence: st
         model=model,
         kind=kind,
         title=_title(run, model),
-        base=name_of(run.run["model"]["path"]),
-        base_is_on_hub=on_hub(run.run["model"]["path"]) is not None,
-        data=name_of(run.run["data"]["path"]),
+        base=name_of(run, "model"),
+        base_is_on_hub=on_hub(run, "model") is not None,
+        data=name_of(run, "data"),
         licence=licence,
         categories=_categories(run),
         is_across_sites=not run.partition.get("encoding"),
@@ -81,24 +79,20 @@ def model_card(run: RunFolder, model: str, kind: Kind, folder: Path, licence: st
         has_side=(folder / "side").is_dir(),
         audit=sentences(run.audit) if run.audit else [],
         rank=(rank := RunConfig.model_validate({"adapter": run.run["adapter"]}).adapter.max_rank),
-        vllm_rank=1 << max(4, (rank - 1).bit_length()),
+        vllm_rank=formats.vllm_rank(rank),
     )
 
 
-def on_hub(path: str) -> str | None:
-    """Return a model's or data set's name on the Hub; None: it is a file or folder, or comes with fedit."""
-    if path.startswith("builtin:") or Path(path).exists():
-        return None
-    try:
-        validate_repo_id(path)
-    except HFValidationError:
-        return None
-    return path
+def on_hub(run: RunFolder, table: str) -> str | None:
+    """Return the name on the Hub of the run's ``model`` or ``data``; None: it was a file or folder, came with fedit, or
+    an older fedit did not note which.
+    """
+    return run.run[table]["path"] if run.config.get("on_hub", {}).get(table) else None
 
 
-def name_of(path: str) -> str:
-    """Return the name of a model or data set that may be told: its name on the Hub, or the last part of its path."""
-    return on_hub(path) or formats.short_name(path)
+def name_of(run: RunFolder, table: str) -> str:
+    """Return the name that may be told of the run's ``model`` or ``data``: that on the Hub, or its path's last part."""
+    return on_hub(run, table) or formats.short_name(run.run[table]["path"])
 
 
 def measured(run: RunFolder, model: str) -> Mapping[str, Any] | None:
@@ -130,7 +124,7 @@ def _what(model: str) -> str:
 
 
 def _title(run: RunFolder, model: str) -> str:
-    base, data = (name_of(run.run[table]["path"]).rpartition("/")[2] for table in ("model", "data"))
+    base, data = (name_of(run, table).rpartition("/")[2] for table in ("model", "data"))
     return f"{base}-{data}-{model.replace('/', '-')}"
 
 
@@ -158,7 +152,7 @@ def _evaluated(run: RunFolder, model: str) -> list[tuple[str, Mapping[str, Any],
 
 def _metadata(run: RunFolder, model: str, kind: Kind, licence: str) -> ModelCardData:
     """Return the front matter; what is no name on the Hub is left out, because the Hub refuses it."""
-    base, data = (on_hub(run.run[table]["path"]) for table in ("model", "data"))
+    base, data = (on_hub(run, table) for table in ("model", "data"))
     more: dict[str, Any] = {}
     if base is not None:
         more = {"base_model": base, "base_model_relation": "adapter" if kind == "adapter" else "finetune"}
@@ -173,8 +167,8 @@ def _metadata(run: RunFolder, model: str, kind: Kind, licence: str) -> ModelCard
         eval_results=[
             EvalResult(
                 task_type="text-generation",
-                dataset_type=data or name_of(run.run["data"]["path"]),
-                dataset_name=f"{name_of(run.run['data']['path'])}, held-out rows",
+                dataset_type=data or name_of(run, "data"),
+                dataset_name=f"{name_of(run, 'data')}, held-out rows",
                 metric_type=type_,
                 metric_name=formats.METRIC_LABELS[name],
                 metric_value=round(found[name]["all"], 6),

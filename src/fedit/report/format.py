@@ -94,3 +94,8 @@ def short_name(path: str) -> str:
     parts = Path(path.removeprefix("builtin:"))
     name = parts.stem if parts.suffix in {".json", ".jsonl", ".csv", ".parquet"} else parts.name
     return name if any(letter.isalpha() for letter in name) else "/".join(parts.parts[-2:])
+
+
+def vllm_rank(rank: int) -> int:
+    """Return the least ``--max-lora-rank`` of vLLM's that holds an adapter of a rank; it takes few numbers."""
+    return next((each for each in (8, 16, 32, 64, 128, 256, 320, 512) if each >= rank), rank)
