@@ -11,6 +11,7 @@ os.environ |= {
     "MPLBACKEND": "Agg",
 }
 
+import signal
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -20,6 +21,9 @@ if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerFast
 
 pytest.register_assert_rewrite("engine_suite")
+
+# A shell that starts this process in the background lets it ignore Ctrl-C, and all processes that tests start, too.
+signal.signal(signal.SIGINT, signal.default_int_handler)
 
 TESTS = Path(__file__).parent
 BOS, EOS = 0, 1
