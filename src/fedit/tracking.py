@@ -178,6 +178,8 @@ class Mirror:
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
+        if not self._open:  # the run may have ended before it had a folder
+            return
         run = RunFolder.read(self._folder)
         is_finished = kind is None and (bool(run.evaluation) or len(run.rounds) == run.run["rounds"])
         for name, tracker in list(self._open.items()):
