@@ -117,3 +117,31 @@ def test_sites_refuse_code_that_their_server_allows(made: tuple[Deployment, Path
     assert not proof.exists()
     assert re.search(r"'server: OK'.*'[abc]: NVFLARE_ERROR: BYOC not permitted'", (tmp_path / "engine.log").read_text())
     deployment.wait_for_sites(*SITES)
+
+
+LOST = """
+import sys, threading
+from nvflare.fuel.flare_api import flare_api
+from fedit.engines import nvflare
+
+class Lost:
+    def get_connected_client_list(self):
+        raise ConnectionError("the server is gone")
+    def close(self):  # as FLARE's own, where the connection returns meanwhile
+        threading.Event().wait()
+
+def session(*_, **__):
+    threading.Thread(target=threading.Event().wait).start()  # FLARE's threads are no daemons
+    return Lost()
+
+flare_api.new_secure_session = session
+nvflare.main(sys.argv[1:])
+"""
+
+
+def test_a_keeper_ends_with_its_session_so_that_another_follows(tmp_path: Path) -> None:
+    done = subprocess.run(
+        [sys.executable, "-c", LOST, str(tmp_path)], capture_output=True, text=True, check=False, timeout=60
+    )
+    assert done.returncode == 1
+    assert "ended (ConnectionError: the server is gone); a new one follows" in done.stderr

@@ -235,23 +235,14 @@ def _command(module: str, kit: Path, config: str) -> list[str]:
 
 
 def keep(folder: Path, stopped: threading.Event) -> None:
-    """Keep the couriers' job running with every site that is connected, until `stopped`."""
+    """Keep the couriers' job running with every site that is connected, until `stopped` or the session's end.
+
+    Raises:
+        Exception: whatever ended the session with FLARE's server.
+    """
     from nvflare.fuel.flare_api.flare_api import new_secure_session
 
-    while not stopped.is_set():
-        session = None
-        try:
-            session = new_secure_session(OPERATOR, str(folder / "operator"), timeout=10.0)
-            _Keeper(folder, session).run(stopped)
-        except Exception as error:  # noqa: BLE001 (whatever ends a session, another follows)
-            log.warning(
-                "the session with FLARE's server ended (%s: %s); a new one follows", type(error).__name__, error
-            )
-            stopped.wait(CHECK_S)
-        finally:
-            if session is not None:
-                with suppress(Exception):
-                    session.close()  # or its threads keep the interpreter from exiting
+    _Keeper(folder, new_secure_session(OPERATOR, str(folder / "operator"), timeout=10.0)).run(stopped)
 
 
 class _Keeper:
@@ -333,12 +324,22 @@ class _Keeper:
 
 
 def main(arguments: Sequence[str]) -> None:
-    """Keep the job of the server's folder until SIGTERM."""
+    """Keep the job of the server's folder until SIGTERM, in one session: for another one, the supervisor starts again.
+
+    A session is not closed but ends with its process: closing one waits for ever where its connection returns
+    meanwhile, and FLARE's threads would keep the interpreter from exiting.
+    """
     log_to_stderr()
     stopped = threading.Event()
     for number in (signal.SIGTERM, signal.SIGINT):
         signal.signal(number, lambda *_: stopped.set())
-    keep(Path(arguments[0]), stopped)
+    status = 0
+    try:
+        keep(Path(arguments[0]), stopped)
+    except Exception as error:  # noqa: BLE001 (whatever ends a session, another follows)
+        log.warning("the session with FLARE's server ended (%s: %s); a new one follows", type(error).__name__, error)
+        status = 1
+    os._exit(status)
 
 
 if __name__ == "__main__":
