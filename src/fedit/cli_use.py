@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import io
 import os
 import socket
 import sys
@@ -53,6 +54,8 @@ def chat(
     models = RunModels.open(folder, [model])
     (name,) = models.adapters
     conversation = Conversation(models, name, max_new_tokens, sampling)
+    if isinstance(sys.stdin, io.TextIOWrapper):
+        sys.stdin.reconfigure(errors="surrogateescape")  # bytes that are no text: the question is refused, not the chat
     if sys.stdin.isatty() and sys.stdout.isatty():
         _talk(conversation, folder)
     else:

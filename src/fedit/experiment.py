@@ -27,6 +27,7 @@ from fedit.baselines import Trained, central_task, local_tasks, saved_tokens, tr
 from fedit.checkpoints import load_state, save_state
 from fedit.cohort import mean_share
 from fedit.config import RunConfig, parse_config, run_command
+from fedit.data.reading import is_hub_name
 from fedit.engines.client_store import ClientStore
 from fedit.engines.simulation import Simulation
 from fedit.evaluation.heldout import mean_loss, predict, preference_accuracy
@@ -316,7 +317,10 @@ def describe_run(
         "recipe": recipe,
         "plugin_files": [str(file) for file in plugin_files],
         # What is a folder or file here now may be gone, or be called otherwise, when somebody reads this.
-        "on_hub": {"model": _is_on_hub(config.model.path), "data": _is_on_hub(config.data.path)},
+        "on_hub": {
+            "model": not config.model.path.startswith("builtin:") and not Path(config.model.path).exists(),
+            "data": is_hub_name(config.data.path),
+        },
         "versions": {"python": platform.python_version()}
         | {name: importlib.metadata.version(name) for name in ("fedit", "torch", "transformers", "peft", "numpy")},
         "hardware": {
@@ -330,10 +334,6 @@ def describe_run(
             "weights_sha256": weights_digest,
         },
     }
-
-
-def _is_on_hub(path: str) -> bool:
-    return not path.startswith("builtin:") and not Path(path).exists()
 
 
 def _start_folder(folder: Path, data: FederatedData, described: Mapping[str, Any]) -> None:

@@ -39,8 +39,8 @@ class Sampling:
             raise ConfigError(f"temperature = {self.temperature}: expected 0 (greedy), or a number from 0.001 to 10.")
         if not 0 < self.top_p <= 1:
             raise ConfigError(f"top_p = {self.top_p}: expected a number above 0, up to 1 (all tokens).")
-        if self.seed is not None and not 0 <= self.seed < 2**63:
-            raise ConfigError(f"seed = {self.seed}: expected a whole number from 0 to 2^63 - 1.")
+        if self.seed is not None and not -(2**63) <= self.seed < 2**64:  # as torch
+            raise ConfigError(f"seed = {self.seed}: expected a whole number from -2^63 to 2^64 - 1.")
 
     def options(self) -> dict[str, Any]:
         """Return what transformers' `generate` is told."""

@@ -34,7 +34,7 @@ from typing import Any, Self
 
 from pydantic import Field, ValidationError, field_validator, model_validator
 
-from fedit.comparison import Comparison, Difference, Group, MeasuredRun, compare, measure_run, to_markdown
+from fedit.comparison import GONE, Comparison, Difference, Group, MeasuredRun, compare, measure_run, to_markdown
 from fedit.config import RunConfig, Table, explain, load_config, parse_config, shipped_studies, toml
 from fedit.files import folder_name, write_atomically, write_json
 from fedit.interfaces import ConfigError, did_you_mean
@@ -252,7 +252,10 @@ def compare_study(study: StudyConfig, runs: Sequence[StudyRun], folder: Path) ->
 
 def _measured(run: StudyRun) -> MeasuredRun | None:
     if (run.folder / "evaluation.json").is_file():
-        return MeasuredRun(run.seed, run.folder, measure_run(RunFolder.read(run.folder)))
+        values = measure_run(RunFolder.read(run.folder))
+        if values["test_rows"] == GONE and run.measured is not None:  # what they were is known from before
+            values |= {key: run.measured[key] for key in ("test_rows", "test_tokens") if key in run.measured}
+        return MeasuredRun(run.seed, run.folder, values)
     if run.measured is None:
         return None
     values = {key: value for key, value in run.measured.items() if key not in {"choices", "seed", "config"}}

@@ -1,8 +1,10 @@
 """A run's numbers in TensorBoard, MLflow or Weights & Biases: ``rounds.jsonl`` mirrored while it grows, the evaluation
 at its end, the configuration. No row, no answer and no client's name goes there.
 
-Where a tracker is, and who one is to it, it reads from the environment itself (``MLFLOW_TRACKING_URI``,
-``WANDB_API_KEY``, ...). What a run is called there is kept in its folder, so that a resumed run goes on as the same.
+Of a private federation only what its run folder tells goes there, and only at its end: when a point comes tells what a
+round took, and so who was there. Where a tracker is, and who one is to it, it reads from the environment itself
+(``MLFLOW_TRACKING_URI``, ``WANDB_API_KEY``, ...). What a run is called there is kept in its folder, so that a resumed
+run goes on as the same.
 """
 
 from __future__ import annotations
@@ -11,6 +13,7 @@ import importlib.util
 import json
 import logging
 import os
+import re
 import secrets
 import shlex
 import shutil
@@ -111,7 +114,7 @@ class MLflow:
             self._client.update_run(self.id, status="RUNNING")
             rounds = [metric.step for metric in self._client.get_metric_history(self.id, "tokens")]
             self.rounds_seen = max(rounds, default=0)
-        self.where = f"{self._client.tracking_uri}, run {self.id}"
+        self.where = f"{_without_secrets(self._client.tracking_uri)}, run {self.id}"
 
     def log(self, round_number: int, metrics: Metrics) -> None:
         from mlflow.entities import Metric
@@ -168,6 +171,7 @@ class Mirror:
         self._folder = folder
         self._names = names
         self._notify = notify
+        self._is_withheld = False
         self._open: dict[str, Tracker] = {}
         self.problems: dict[str, str] = {}
         """By tracker: why it does not have everything"""
@@ -178,34 +182,39 @@ class Mirror:
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
-        if not self._open:  # the run may have ended before it had a folder
-            return
-        run = RunFolder.read(self._folder)
-        is_finished = kind is None and (bool(run.evaluation) or len(run.rounds) == run.run["rounds"])
+        final, is_complete = {}, False
+        if kind is None and self._open:  # what else ended the run is not to be hidden by what its folder lacks
+            run = RunFolder.read(self._folder)
+            self._log_rounds(run)
+            final, is_complete = final_metrics(run), run.is_complete
         for name, tracker in list(self._open.items()):
-            self._try(name, tracker.close, {} if kind else final_metrics(run), is_finished)
+            self._try(name, tracker.close, final, is_complete)
 
     def __call__(self, event: Event) -> None:
         self._notify(event)
         match event:
             case PhaseStarted(phase="federated" | "sites"):
                 self.catch_up()
-            case RoundFinished():
-                metrics = round_metrics(asdict(event.record), event.seconds)
-                self._log(event.record.round, metrics)
+            case RoundFinished() if not self._is_withheld:
+                self._log(event.record.round, round_metrics(asdict(event.record), event.seconds))
 
     def catch_up(self) -> None:
         """Open the trackers, and give each the rounds that the folder has and it has not."""
         run = RunFolder.read(self._folder)
+        self._is_withheld = run.withholds
         kept = kept_trackers(self._folder)
-        seconds = {timing["round"]: timing["seconds"] for timing in run.timings if "round" in timing}
         for name in self._names:
             tracker = self._try(name, TRACKERS[name], run, kept.get(name))
             if tracker is not None:
                 self._open[name], kept[name] = tracker, tracker.id
         write_json(self._folder / KEPT, kept)
+        self._log_rounds(run)
+
+    def _log_rounds(self, run: RunFolder) -> None:
+        seconds = {timing["round"]: timing["seconds"] for timing in run.timings if "round" in timing}
         for line in run.rounds:
-            self._log(line["round"], round_metrics(line, seconds.get(line["round"])))
+            metrics = withheld_metrics(line) if run.withholds else round_metrics(line, seconds.get(line["round"]))
+            self._log(line["round"], metrics)
 
     def _log(self, round_number: int, metrics: Metrics) -> None:
         for name, tracker in list(self._open.items()):
@@ -219,7 +228,7 @@ class Mirror:
             return act(*arguments)
         except Exception as error:  # noqa: BLE001 (a tracker may raise anything, and no run shall die of it)
             self._open.pop(name, None)
-            self.problems[name] = clip(str(error).strip() or type(error).__name__, 300)
+            self.problems[name] = clip(_without_secrets(str(error)).strip() or type(error).__name__, 300)
             log.warning("%s is left alone from now on, the run goes on: %s", name, self.problems[name])
             return None
 
@@ -286,6 +295,11 @@ def round_metrics(line: Mapping[str, Any], seconds: float | None) -> dict[str, f
     return {name: float(value) for name, value in found.items() if value is not None}
 
 
+def withheld_metrics(line: Mapping[str, Any]) -> dict[str, float]:
+    """Return what may be told of a round of a private federation; the rest of its line is no number but blank."""
+    return {name: line[name] for name in ("epsilon", "clip_norm") if line.get(name) is not None}
+
+
 def final_metrics(run: RunFolder) -> dict[str, float]:
     """Return the metrics of every model of ``evaluation.json``: ``final/<model>/<metric>``."""
     found = {
@@ -296,3 +310,8 @@ def final_metrics(run: RunFolder) -> dict[str, float]:
     }
     found["final/gap_closed"] = run.evaluation.get("gap_closed")
     return {name: float(value) for name, value in found.items() if value is not None}
+
+
+def _without_secrets(text: str) -> str:
+    """Return a text without what is before the @ of an address: a user's name and password."""
+    return re.sub(r"(?<=://)[^/@\s]+@", "", text)

@@ -344,13 +344,20 @@ def test_rows_of_a_file_come_before_those_that_a_task_makes(fedit, run: Path, tm
 
 
 @pytest.mark.parametrize(
-    ("task", "function", "message"),
-    [("task: [", "", "broken.yaml"), ("task: broken\ndoc_to_text: !function own.question", "def question(row:", "own")],
+    ("task", "function", "options", "message"),
+    [
+        ("task: [", "", [], "broken.yaml"),
+        ("task: [", "", ["--data", "{task}=own.py"], "ParserError"),
+        ("task: broken\ndoc_to_text: !function own.question", "def question(row:", [], "own"),
+        ("task: broken\ndoc_to_text: !function own.question", "question = 1 / 0", [], "ZeroDivisionError"),
+    ],
 )
-def test_a_task_that_is_no_yaml_or_no_python_is_refused(fedit, run: Path, tmp_path, task, function, message) -> None:
+def test_a_task_that_cannot_be_loaded(fedit, run: Path, tmp_path, task, function, options, message) -> None:
     (tmp_path / "broken.yaml").write_text(task)
     (tmp_path / "own.py").write_text(function)
-    done = fedit("evaluate", run, "--tasks", tmp_path / "broken.yaml", "--models", "base")
+    Path("own.py").touch()
+    options = [option.format(task=tmp_path / "broken.yaml") for option in options]
+    done = fedit("evaluate", run, "--tasks", tmp_path / "broken.yaml", "--models", "base", *options)
     assert done.status == 1
     assert "cannot be loaded" in done.stderr
     assert message in done.stderr

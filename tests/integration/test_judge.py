@@ -205,7 +205,7 @@ def test_questions_that_begin_alike_are_answered_each(fedit, run: Path, tmp_path
         common = ("--questions", path, "--judge", "wise", "--base-url", server.url, "--max-new-tokens", "4", "--json")
         done = fedit("judge", run, *common, "--against", "base")
         assert done.status == 0, done.stderr
-        assert "6 requests" in done.stderr
+        assert ": 6 requests; 0 more" in done.stderr
         assert len(server.requests) == 6
     found = json.loads(done.stdout)
     assert found["replies"]["wanted"] == 6

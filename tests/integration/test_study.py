@@ -135,6 +135,10 @@ def check_that_nothing_but_links_needs_the_runs(fedit, study: Path, out: Path) -
     before = {name: (out / name).read_text() for name in names}
     page = (out / "study.html").read_text()
     assert "runs/shards/ffa-lora/1/report.html" in page
+    for answers in (out / "runs").rglob("answers.jsonl"):
+        answers.unlink()
+    assert fedit("study", study, "--out", out).status == 0
+    assert {name: (out / name).read_text() for name in names} == before
     shutil.rmtree(out / "runs")
     for name in names[:-1]:
         (out / name).unlink()

@@ -5,6 +5,7 @@ from __future__ import annotations
 import importlib
 import json
 import os
+import shutil
 import signal
 import socket
 import struct
@@ -14,14 +15,18 @@ import time
 import urllib.request
 from collections.abc import Iterator
 from contextlib import contextmanager
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
 import pytest
 
+from fedit.experiment import PhaseStarted, RoundFinished
+from fedit.interfaces import EngineError
 from fedit.live import LiveView
 from fedit.report import RunFolder
-from fedit.tracking import TRACKERS, check_trackers, told_settings
+from fedit.server import RoundRecord
+from fedit.tracking import TRACKERS, Mirror, check_trackers, told_settings
 
 FAST = ["-o", "evaluation.max_new_tokens=0", "-o", "rounds=3"]
 
@@ -110,27 +115,76 @@ def test_a_finished_run_is_mirrored_afterwards(fedit, recipe, tmp_path) -> None:
 
 
 def test_an_unfinished_run_is_not_said_to_be_finished(fedit, recipe, tmp_path, tracked) -> None:
-    ends = []
-
-    class Noted:
-        id, where, rounds_seen = None, "here", 0
-
-        def __init__(self, run: RunFolder, known_as: str | None) -> None:
-            pass
-
-        def log(self, round_number: int, metrics: Any) -> None:
-            pass
-
-        def close(self, final: Any, finished: bool) -> None:
-            ends.append(finished)
-
-    tracked["tensorboard"] = Noted
+    told: list[Any] = []
+    tracked["tensorboard"] = lambda run, known_as: _Noted(told)
     run = tmp_path / "run"
     with interrupted_in_round(2):
         assert fedit("run", recipe, "--out", run, *FAST).status == 130
     assert fedit("track", run, "tensorboard").status == 0
     assert fedit("run", "--resume", run).status == 0
-    assert ends == [False, True]
+    (run / "evaluation.json").unlink()  # as where it is stopped while it trains the baselines
+    assert fedit("track", run, "tensorboard").status == 0
+    assert [each for each in told if isinstance(each, bool)] == [False, True, False]
+
+
+class _Noted:
+    """A tracker that keeps what it is told."""
+
+    id, where, rounds_seen = None, "here", 0
+
+    def __init__(self, told: list[Any]) -> None:
+        self._told = told
+
+    def log(self, round_number: int, metrics: Any) -> None:
+        self._told.append((round_number, dict(metrics)))
+
+    def close(self, final: Any, finished: bool) -> None:
+        self._told.append(finished)
+
+
+def test_a_private_federation_tells_a_tracker_what_its_folder_tells_and_not_when(tmp_path, tracked) -> None:
+    told: list[Any] = []
+    tracked["noted"] = lambda run, known_as: _Noted(told)
+    (tmp_path / "config.json").write_text(json.dumps({"config": {"rounds": 1, "privacy": {"noise_multiplier": 1}}}))
+    (tmp_path / "partition.json").write_text(json.dumps({"run": "x", "clients": {}, "privacy": {}}))
+    (tmp_path / "adapter").mkdir()
+    record = RoundRecord(1, ["north"], {"south": "away"}, 2.5, 1.5, 0.1, 700, 600, 99, epsilon=0.5).withheld()
+    with Mirror(tmp_path, ["noted"]) as mirror:
+        mirror(PhaseStarted("sites", 1))
+        (tmp_path / "rounds.jsonl").write_text(json.dumps(asdict(record)) + "\n")
+        mirror(RoundFinished(record, 12.5, 1))
+        assert told == []
+    assert told == [(1, {"epsilon": 0.5}), True]
+
+
+def test_the_reason_why_a_run_failed_is_told_although_its_folder_is_gone(tmp_path, tracked) -> None:
+    told: list[Any] = []
+    tracked["noted"] = lambda run, known_as: _Noted(told)
+    run = tmp_path / "run"
+    run.mkdir()
+    (run / "config.json").write_text('{"config": {}}')
+    mirror = Mirror(run, ["noted"])
+    mirror.catch_up()
+    shutil.rmtree(run)
+
+    def fail() -> None:
+        with mirror:
+            raise EngineError("the real reason")
+
+    with pytest.raises(EngineError, match="the real reason"):
+        fail()
+    assert told == [False]
+
+
+def test_no_password_is_told(tmp_path, tracked) -> None:
+    def refuse(run: Any, known_as: str | None) -> None:
+        raise ConnectionError("nobody at http://anna:secret@host:5000/api/2.0")
+
+    tracked["refusing"] = refuse
+    (tmp_path / "config.json").write_text('{"config": {}}')
+    mirror = Mirror(tmp_path, ["refusing"])
+    mirror.catch_up()
+    assert mirror.problems == {"refusing": "nobody at http://host:5000/api/2.0"}
 
 
 def test_no_client_is_named(fedit, recipe, tmp_path) -> None:
@@ -139,8 +193,13 @@ def test_no_client_is_named(fedit, recipe, tmp_path) -> None:
     path.write_text("".join(json.dumps(row) + "\n" for row in rows))
     options = ["cohort.availability={ SSSSS = [[1, 2]] }", "partition.name=natural", "evaluation.baselines=false"]
     options += [f"data.path={path}", "attack.name=label-flip", 'attack.clients=["MMMMM"]']
-    done = fedit("run", recipe, "--out", run, *FAST, *[part for option in options for part in ("-o", option)])
+    options = [part for option in options for part in ("-o", option)]
+    done = fedit("run", recipe, "--out", run, *FAST, *options, "--track", "tensorboard")
     assert done.status == 0, done.stderr
+    (events,) = (run / "tensorboard").iterdir()
+    assert b"cohort.availability" in events.read_bytes()
+    for name in (b"SSSSS", b"MMMMM"):
+        assert name not in events.read_bytes()
     told = told_settings(RunFolder.read(run))
     assert "SSSSS" not in str(told)
     assert "MMMMM" not in str(told)

@@ -8,6 +8,7 @@ from typing import Any
 import nltk
 import numpy as np
 import pytest
+import torch
 from datasets import Dataset
 from rich.console import Console
 
@@ -34,6 +35,13 @@ from fedit.report.benchmarks import benchmarks, benchmarks_table
 )
 def test_generation_is_what_the_task_asks_for(options: dict[str, Any], expected: GenerationSettings) -> None:
     assert GenerationSettings.of(options, 5) == expected
+
+
+@pytest.mark.parametrize("seed", [-1, 2**64])
+def test_any_seed_of_a_run_draws(seed: int) -> None:
+    sampling = GenerationSettings.of({"do_sample": True}, seed).sampling
+    assert sampling.seed is not None
+    torch.Generator().manual_seed(sampling.seed)
 
 
 def test_what_generation_cannot_follow_is_named() -> None:

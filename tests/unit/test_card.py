@@ -145,6 +145,22 @@ def test_a_relative_path_is_no_name_on_the_hub(tmp_path) -> None:
     assert "clinic-7" not in card
 
 
+def test_of_an_older_run_the_form_of_a_name_decides(tmp_path, monkeypatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    data_path = "~/clinic-7/patients.jsonl"
+    folder = make_run(tmp_path / "run", model={"path": "meta/base-1B"}, data={"path": data_path})
+    described = json.loads((folder / "config.json").read_text())
+    del described["on_hub"]
+    (folder / "config.json").write_text(json.dumps(described))
+    card = card_of(folder)
+    data = ModelCard(card).data.to_dict()
+    assert data["base_model"] == "meta/base-1B"
+    assert "datasets" not in data
+    assert "clinic-7" not in card
+    (tmp_path / "meta" / "base-1B").mkdir(parents=True)
+    assert "base_model" not in ModelCard(card_of(folder)).data.to_dict()
+
+
 def test_no_privacy_is_claimed_for_what_never_left_its_client(tmp_path) -> None:
     folder = make_run(tmp_path, epsilon=1.5)
     partition = json.loads((folder / "partition.json").read_text())
@@ -171,10 +187,12 @@ def test_no_privacy_is_said(tmp_path) -> None:
 
 def test_a_run_across_sites_tells_no_names_and_no_counts(tmp_path) -> None:
     clients = {name: {"rows": 123, "categories": {}} for name in ("north-clinic", "south-clinic")}
-    folder = make_run(tmp_path, partition={"run": "x", "clients": clients})
+    folder = make_run(tmp_path, partition={"run": "x", "clients": clients}, on_hub=True, data={"path": "lab/rows"})
     (folder / "evaluation.json").unlink()
     card = card_of(folder)
-    assert "rows of 2 clients at sites of their own" in card
+    assert "Rows of 2 clients at sites of their own" in card
+    assert "Instructions: the sites' own rows." in card
+    assert "lab" not in card, "the server reads no rows; those that its recipe names are nobody's"
     assert "clinic" not in card
     assert "123 " not in card
     assert "Not evaluated." in card

@@ -180,7 +180,7 @@ class GenerationSettings:
         length = next((options[key] for key in _LENGTHS if options.get(key) is not None), DEFAULT_NEW_TOKENS)
         temperature = options.get("temperature")
         sampled = options.get("do_sample", bool(temperature))
-        sampling = Sampling(1.0 if temperature is None else temperature, options.get("top_p") or 1.0, seed)
+        sampling = Sampling(1.0 if temperature is None else temperature, options.get("top_p") or 1.0, seed % 2**63)
         until = options.get("until") or []
         stops = [stop for stop in ([until] if isinstance(until, str) else until) if stop]
         return cls(int(length), sampling if sampled else GREEDY, stops)

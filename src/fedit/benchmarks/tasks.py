@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Any, cast
 import yaml
 from lm_eval.tasks import TaskManager
 
-from fedit.interfaces import ConfigError, DataError
+from fedit.interfaces import ConfigError, DataError, FeditError
 
 if TYPE_CHECKING:
     from lm_eval.api.task import Task
@@ -22,10 +22,6 @@ if TYPE_CHECKING:
 SHIPPED = Path(__file__).parent / "shipped"
 _READERS = {".json": "json", ".jsonl": "json", ".csv": "csv", ".parquet": "parquet"}
 """By the ending of a file, what `datasets` calls its reader"""
-_FAILURES = (
-    OSError, ValueError, LookupError, RuntimeError, TypeError, AttributeError, ImportError, SyntaxError, yaml.YAMLError
-)  # fmt: skip
-"""What lm-eval, `datasets` and a task's own functions raise where a task cannot be loaded"""
 _NEEDS_PUNKT = {"length_constraints:number_sentences", "change_case:capital_word_frequency"}
 """IFEval's instructions whose check needs NLTK's data"""
 
@@ -54,10 +50,13 @@ def load_tasks(
     if strangers := data.keys() - set(found):
         raise ConfigError(f"--data {min(strangers)}: not among the tasks: {', '.join(found)}.")
     with tempfile.TemporaryDirectory() as place:
-        specs = [str(_with_data(name, manager, data[name], Path(place))) if name in data else name for name in found]
         try:
-            tasks = manager.load(specs)
-        except _FAILURES as error:
+            tasks = manager.load(
+                [str(_with_data(name, manager, data[name], Path(place))) if name in data else name for name in found]
+            )
+        except FeditError:
+            raise
+        except Exception as error:
             raise DataError(
                 f"{', '.join(found)} cannot be loaded: {type(error).__name__}: {error}\nData of a task that cannot be "
                 "had here may come from a file: --data TASK=FILE (JSON, JSONL, CSV or Parquet), or from a folder that "

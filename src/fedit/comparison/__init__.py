@@ -2,11 +2,12 @@
 
 from fedit.comparison.differences import compare
 from fedit.comparison.groups import Comparison, Difference, Group, MeasuredRun, group_runs
-from fedit.comparison.measures import measure_run
+from fedit.comparison.measures import GONE, measure_run
 from fedit.comparison.page import write_comparison
 from fedit.comparison.tables import table, to_markdown
 
 __all__ = [
+    "GONE",
     "Comparison",
     "Difference",
     "Group",

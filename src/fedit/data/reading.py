@@ -41,6 +41,13 @@ class Rows:
     test: list[Row] | None = None
 
 
+def is_hub_name(path: str) -> bool:
+    """Return whether a path is a name on the Hub: ``owner/name``, and nothing here is called so."""
+    place = Path(path).expanduser()
+    has_form = re.fullmatch(r"[\w-][\w.-]*/[\w.-]+", path) is not None
+    return has_form and place.suffix.lower() not in _READERS and not place.exists()
+
+
 def read_path(path: str, seed: int, key: str = "path") -> Rows:
     """Read a file, a folder, ``builtin:pasture`` or a Hub dataset; `key` is what named it in the table [data].
 
@@ -54,7 +61,7 @@ def read_path(path: str, seed: int, key: str = "path") -> Rows:
         return _read_folder(place)
     if place.is_file():
         return Rows(_read_file(place))
-    if place.suffix.lower() not in _READERS and re.fullmatch(r"[\w-][\w.-]*/[\w.-]+", path):
+    if is_hub_name(path):
         return _read_hub(path, key)
     raise DataError(
         f"[data] {key} = {path!r}: no such file or folder (seen from {Path.cwd()}). Expected a JSON, JSONL, CSV or "

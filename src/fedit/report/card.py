@@ -17,6 +17,7 @@ from huggingface_hub import EvalResult, ModelCardData
 from jinja2 import Environment, PackageLoader, StrictUndefined
 
 from fedit.config import RunConfig, load_plugins
+from fedit.data.reading import is_hub_name
 from fedit.files import write_atomically
 from fedit.interfaces import plugins
 from fedit.report import format as formats
@@ -70,7 +71,7 @@ def model_card(run: RunFolder, model: str, kind: Kind, folder: Path, licence: st
         data=name_of(run, "data"),
         licence=licence,
         categories=_categories(run),
-        is_across_sites=not run.partition.get("encoding"),
+        is_across_sites=run.is_across_sites,
         evaluated=(lines := _evaluated(run, model)),
         metrics=[name for name in formats.METRIC_LABELS if any(name in found for _, found, _ in lines)],
         template=template,
@@ -85,13 +86,19 @@ def model_card(run: RunFolder, model: str, kind: Kind, folder: Path, licence: st
 
 def on_hub(run: RunFolder, table: str) -> str | None:
     """Return the name on the Hub of the run's ``model`` or ``data``; None: it was a file or folder, came with fedit, or
-    an older fedit did not note which.
+    the rows were the sites' own. Of what an older fedit made, the form of the name decides.
     """
-    return run.run[table]["path"] if run.config.get("on_hub", {}).get(table) else None
+    path = run.run[table]["path"]
+    if table == "data" and run.is_across_sites:
+        return None
+    noted = run.config.get("on_hub")
+    return path if (noted[table] if noted else is_hub_name(path)) else None
 
 
 def name_of(run: RunFolder, table: str) -> str:
     """Return the name that may be told of the run's ``model`` or ``data``: that on the Hub, or its path's last part."""
+    if table == "data" and run.is_across_sites:
+        return "the sites' own rows"
     return on_hub(run, table) or formats.short_name(run.run[table]["path"])
 
 
@@ -125,7 +132,7 @@ def _what(model: str) -> str:
 
 def _title(run: RunFolder, model: str) -> str:
     base, data = (name_of(run, table).rpartition("/")[2] for table in ("model", "data"))
-    return f"{base}-{data}-{model.replace('/', '-')}"
+    return f"{base}-{'sites' if run.is_across_sites else data}-{model.replace('/', '-')}"
 
 
 def _categories(run: RunFolder) -> Mapping[str, int]:

@@ -68,6 +68,21 @@ class RunFolder:
         """The configuration as the keys and values of ``-o key.sub=value``."""
         return flatten(self.run)
 
+    @property
+    def is_across_sites(self) -> bool:
+        """Whether the clients were sites of their own, and not simulated: then nobody encoded all rows."""
+        return bool(self.partition) and "encoding" not in self.partition
+
+    @property
+    def withholds(self) -> bool:
+        """Whether the clients have privacy, so that rounds tell nothing exact of who came, what they had, or when."""
+        return self.is_across_sites and bool(self.run.get("privacy"))
+
+    @property
+    def is_complete(self) -> bool:
+        """Whether the run has everything that it makes."""
+        return (self.path / "adapter").is_dir() if self.is_across_sites else bool(self.evaluation)
+
     def answers(self) -> Iterator[Mapping[str, Any]]:
         """Yield the lines of ``answers.jsonl`` one by one: a run of many clients has more than fit in memory."""
         yield from read_lines(self.path / "answers.jsonl")
