@@ -5,7 +5,8 @@ from __future__ import annotations
 import hashlib
 import importlib.util
 import json
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -21,6 +22,7 @@ from transformers import (
     PreTrainedTokenizerBase,
 )
 from transformers.pytorch_utils import Conv1D
+from transformers.utils import logging as transformers_logging
 
 from fedit.attention import can_use_it, packed_attention
 from fedit.builtin import CRIA_FOLDER
@@ -79,10 +81,23 @@ def load_base(config: ModelConfig, device: torch.device) -> PreTrainedModel:
     quantized = {} if config.quantization == "none" else _quantization(config, device, dtype)
     try:
         place = resolve_path(config.path)
-        base = AutoModelForCausalLM.from_pretrained(place, dtype=dtype, trust_remote_code=False, **quantized)
+        with _no_progress_bar():
+            base = AutoModelForCausalLM.from_pretrained(place, dtype=dtype, trust_remote_code=False, **quantized)
     except (OSError, ValueError, SafetensorError) as error:
         raise EngineError(_not_loaded(config.path, "weights", error)) from error
     return prepare_base(base, device)
+
+
+@contextmanager
+def _no_progress_bar() -> Iterator[None]:
+    """The library prints nothing."""
+    was_shown = transformers_logging.is_progress_bar_enabled()
+    transformers_logging.disable_progress_bar()
+    try:
+        yield
+    finally:
+        if was_shown:
+            transformers_logging.enable_progress_bar()
 
 
 def _quantization(config: ModelConfig, device: torch.device, dtype: torch.dtype) -> dict[str, Any]:

@@ -8,7 +8,7 @@ from typing import Annotated
 
 from cyclopts import App, Parameter
 
-from fedit.config import load_plugins, parse_config
+from fedit.config import load_plugins, recorded_config
 from fedit.console import AsJson, console, described_run, print_json, quiet, say
 
 audit_app = App(name="audit")
@@ -30,7 +30,7 @@ def audit(
     """
     described = described_run(folder)
     load_plugins([Path(file) for file in described.get("plugin_files", [])])
-    config = parse_config(described["config"])
+    config = recorded_config(described, folder)
     quiet()
     from fedit.audit.folder import audit_run
     from fedit.report.leaks import leaks_table

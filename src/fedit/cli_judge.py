@@ -137,6 +137,7 @@ def judge(
         for message in example.messages:
             say(f"\n[{message['role']}]\n{message['content']}")
         return
+    judging.check()
     folder.mkdir(parents=True, exist_ok=True)
     try:
         with console.status("") as status:

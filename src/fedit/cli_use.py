@@ -59,20 +59,20 @@ def chat(
     if sys.stdin.isatty() and sys.stdout.isatty():
         _talk(conversation, folder)
     else:
-        _answer_lines(conversation)
+        _answer_lines(conversation, folder)
 
 
-def _answer_lines(conversation: Conversation) -> None:
+def _answer_lines(conversation: Conversation, folder: Path) -> None:
     """Answer standard input line by line, each answer whole: for scripts."""
     while True:
         try:
-            line = console.input("[bold]> [/bold]").strip()
+            line = (console.input("[bold]> [/bold]") if sys.stdin.isatty() else input()).strip()
         except (EOFError, KeyboardInterrupt):
             return
         if line == "/quit":
             return
-        if line == "/new":
-            conversation.clear()
+        if _is_command(line):
+            _obey(conversation, folder, line)
         elif line:
             try:
                 *_, text = conversation.answer(line)
@@ -97,17 +97,27 @@ def _talk(conversation: Conversation, folder: Path) -> None:
             print()
             say("Ctrl-D or /quit ends.")
             continue
-        command, _, rest = line.partition(" ")
-        if command == "/quit":
+        if line == "/quit":
             return
-        if command == "/new":
-            conversation.clear()
-        elif command == "/model":
-            _switch(conversation, folder, rest.strip())
-        elif command[:1] == "/" and command[1:].isalpha():
-            say(HELP)
+        if _is_command(line):
+            _obey(conversation, folder, line)
         elif line:
             _print_growing(conversation.answer(line))
+
+
+def _is_command(line: str) -> bool:
+    command = line.partition(" ")[0]
+    return command[:1] == "/" and command[1:].isalpha()
+
+
+def _obey(conversation: Conversation, folder: Path, line: str) -> None:
+    command, _, rest = line.partition(" ")
+    if command == "/new":
+        conversation.clear()
+    elif command == "/model":
+        _switch(conversation, folder, rest.strip())
+    else:
+        say(HELP)
 
 
 def _switch(conversation: Conversation, folder: Path, name: str) -> None:
@@ -172,7 +182,8 @@ def serve(
     /,
     *,
     models: Annotated[
-        list[str] | None, Parameter(help="Those to offer; by default all that the run has", consume_multiple=True)
+        list[str] | None,
+        Parameter(help="Those to offer; by default all that the run has", consume_multiple=True, negative=""),
     ] = None,
     host: Host = "127.0.0.1",
     port: Port = 8000,
@@ -216,7 +227,8 @@ def _listening(host: str, port: int) -> Iterator[socket.socket]:
             listener.bind((host, port))
         except (OSError, OverflowError) as error:
             why = getattr(error, "strerror", None) or error
-            raise EngineError(f"--host {host} --port {port}: {why}. Choose another; 0 is any free port.") from error
+            said = f"--host {host} --port {port}: {str(why).rstrip('.')}"
+            raise EngineError(f"{said}. Choose another; port 0 is any free one.") from error
         listener.listen()
         yield listener
 

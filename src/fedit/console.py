@@ -11,7 +11,7 @@ from typing import Annotated, Any
 from cyclopts import Parameter
 from rich.console import Console
 
-from fedit.config import RunConfig, load_config, load_plugins, parse_config
+from fedit.config import RunConfig, load_config, load_plugins, recorded_config
 from fedit.interfaces import ConfigError
 
 console = Console(stderr=True)
@@ -74,7 +74,7 @@ def resumed(
     described = described_run(folder)
     plugin = plugin or [Path(file) for file in described.get("plugin_files", [])]
     load_plugins(plugin)
-    return parse_config(described["config"]), described["recipe"], plugin
+    return recorded_config(described, folder), described["recipe"], plugin
 
 
 def described_run(folder: Path) -> dict[str, Any]:

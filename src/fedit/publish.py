@@ -17,7 +17,7 @@ from contextlib import contextmanager
 from pathlib import Path
 
 from fedit.base import load_tokenizer, resolve_path
-from fedit.config import RunConfig, load_plugins, parse_config
+from fedit.config import RunConfig, load_plugins, recorded_config
 from fedit.export import SIDE_FOLDER, check_new, save_adapter, save_merged, save_tokenizer, whole_folder
 from fedit.files import folder_name, write_atomically
 from fedit.interfaces import ConfigError, EngineError
@@ -65,7 +65,7 @@ def _peft_folder(folder: Path, name: str) -> Iterator[tuple[RunFolder, RunConfig
     run = RunFolder.read(folder)
     (exact,) = resolve_names(folder, [name])
     load_plugins([Path(file) for file in run.config.get("plugin_files", [])])
-    config = parse_config(run.run)
+    config = recorded_config(run.config, folder)
     kind, _, client = exact.partition("/")
     if exact == BASE:
         raise ConfigError("--model base: the base is as it was, so there is nothing to export.")

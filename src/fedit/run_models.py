@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING
 from urllib.parse import unquote
 
 from fedit.baselines import CENTRAL, saved_adapters, trained_baselines
-from fedit.config import RunConfig, load_plugins, parse_config
+from fedit.config import RunConfig, load_plugins, recorded_config
 from fedit.data import encode_prompt
 from fedit.evaluation.heldout import together
 from fedit.evaluation.metrics import FEDERATED_PREFIX, LOCAL_PREFIX, PERSONAL_PREFIX
@@ -192,7 +192,7 @@ def _described(folder: Path) -> tuple[RunFolder, RunConfig]:
             f"{folder} was written by an older version of fedit, which cannot be read any more. Run it again."
         )
     load_plugins([Path(file) for file in run.config.get("plugin_files", [])])
-    return run, parse_config(run.run)
+    return run, recorded_config(run.config, folder)
 
 
 def median_model(folder: Path, kind: str) -> str | None:

@@ -314,6 +314,14 @@ def test_a_run_is_evaluated_and_its_report_says_so(fedit, run: Path, choices: Pa
     assert now["pasture"] == found["pasture"]
     assert (now["choices"]["num_fewshot"], now["choices"]["num_rows"], now["choices"]["template"]) == (1, 7, None)
     assert list(now["choices"]["metrics"][0]["models"]) == ["base"]
+    assert [file.name for file in (run / "benchmarks" / "choices").iterdir()] == ["base.jsonl"]
+    assert (run / "benchmarks" / "pasture" / "federated.jsonl").is_file()
+
+
+def test_rows_of_ones_own_have_to_be_given(fedit, run: Path) -> None:
+    done = fedit("evaluate", run, "--tasks", "instructions")
+    assert done.status == 1
+    assert "--data instructions=FILE" in done.stderr
 
 
 def test_rows_of_a_file_are_judged_as_the_run_judges_its_own(fedit, run: Path, data: Path) -> None:

@@ -64,6 +64,14 @@ def test_other_models(fedit, asked_run, monkeypatch, name: str) -> None:
     )
 
 
+def test_commands_of_a_script_are_obeyed(fedit, asked_run, monkeypatch) -> None:
+    typed(monkeypatch, ["/help", "/model base", "ab 1?"])
+    done = fedit("chat", asked_run, "--max-new-tokens", "5")
+    assert done.stdout == answer(asked_run, "base", "ab 1?", 5) + "\n"
+    assert "starts over" in done.stderr
+    assert "> " not in done.stderr
+
+
 def test_the_turns_are_remembered(fedit, asked_run, monkeypatch, prompts) -> None:
     typed(monkeypatch, ["ab 1?", "why?", "/new", "ab 1?"])
     assert fedit("chat", asked_run, "--max-new-tokens", "5").status == 0

@@ -443,6 +443,18 @@ def test_a_server_that_is_not_there(stored, fedit, questions, answers) -> None:
     done = fedit(*common)
     assert done.status == 1
     assert "OPENAI_API_KEY is not set" in done.stderr
+    planned = fedit(*common, "--dry-run")
+    assert planned.status == 0, planned.stderr
+    assert "To ask of wise (OpenAI): 8 requests" in planned.stderr
+
+
+def test_results_stand_beside_each_other_and_only_the_same_is_replaced(stored, tmp_path) -> None:
+    with serving(longer_is_better) as server:
+        for _ in range(2):
+            assert stored(server).status == 0
+            assert stored(server, "--one-order").status == 0
+    kept = json.loads((tmp_path / "out" / "judge.json").read_text())
+    assert sorted(each["num_orders"] for each in kept.values()) == [1, 2]
 
 
 def test_a_server_that_dies_ends_the_command_and_what_it_said_is_kept(stored, tmp_path) -> None:
@@ -605,6 +617,14 @@ def test_a_local_model_judges_without_a_server(fedit, run: Path, questions, answ
     assert compared["num_questions"] == 4
     again = fedit("judge", run, "--against", answers[0], "--max-new-tokens", "2", "--prompt", _short(run), *common)
     assert again.stdout == done.stdout
+
+
+def test_a_local_judge_that_is_not_there(fedit, run: Path, questions) -> None:
+    """Said before any answer is generated, and of the option that was given."""
+    done = fedit("judge", run, "--questions", questions, "--judge", "./absent", "--local", "likelihood")
+    assert done.status == 1
+    assert "--judge './absent': no such folder" in done.stderr
+    assert not (run / "judge_answers.jsonl").exists()
 
 
 def _short(folder: Path) -> Path:

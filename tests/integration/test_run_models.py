@@ -83,6 +83,17 @@ def test_models_answer_together_as_they_do_alone(finished) -> None:
     assert len(set(together.values())) > 1
 
 
+@pytest.mark.parametrize("command", [["chat"], ["export"], ["run", "--resume"]])
+def test_a_run_whose_keys_are_unknown_is_of_another_version(fedit, finished, command) -> None:
+    described = json.loads((finished / "config.json").read_text())
+    described["config"]["oldkey"] = 1
+    (finished / "config.json").write_text(json.dumps(described))
+    done = fedit(*command, finished, *(["--adapter", finished.parent / "out"] if command == ["export"] else []))
+    assert done.status == 1
+    assert "unknown key 'oldkey'" in done.stderr
+    assert f"{finished} was written by fedit {described['versions']['fedit']}" in " ".join(done.stderr.split())
+
+
 def test_models_with_different_sides_answer_after_each_other(fedit, recipe, tmp_path) -> None:
     folder = tmp_path / "run"
     assert fedit("run", recipe, "--out", folder, "-o", "aggregation.name=flora").status == 0

@@ -402,6 +402,7 @@ def test_of_how_many_runs_a_mean_is(tmp_path):
         *(write_run(tmp_path / str(seed), {"federated": each}, seed=seed) for seed, each in enumerate(losses))
     )
     assert table(found)[1][0][2] == "1.000 (1 of 2)"
+    assert "$1.000$ (1 of 2)" in to_latex(found)
 
 
 def test_csv_has_a_line_for_each_run(two_rules):

@@ -133,6 +133,8 @@ def test_questions_of_vicuna_of_mt_bench_and_of_others(tmp_path: Path) -> None:
     [
         ({"id": 1, "query": "Why?"}, r"q.jsonl:2: the fields are id, query; expected text or .* or turns"),
         ({"text": ""}, r"q.jsonl:2: text = '': expected a text"),
+        ({"text": 3}, r"q.jsonl:2: text = 3: expected a text"),
+        ({"turns": "Why?"}, r"q.jsonl:2: turns = 'Why\?': expected a list of texts"),
         ({"text": ["Why?"]}, r"q.jsonl:2: text = \['Why\?'\]: expected a text"),
         ({"turns": []}, r"q.jsonl:2: turns = \[\]: expected a list of texts"),
         ({"turns": ["a", 2]}, r"q.jsonl:2: turns = .* expected a list of texts"),

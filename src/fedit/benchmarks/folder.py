@@ -78,6 +78,11 @@ def evaluate_run(folder: Path, wanted: Wanted, notify: Callable[[str], None] = l
             lines = [json.dumps(sample, ensure_ascii=False, default=str) + "\n" for sample in samples]
             path = folder / "benchmarks" / folder_name(task) / f"{folder_name(model)}.jsonl"
             write_atomically(path, "".join(lines).encode())
+    written = {f"{folder_name(model)}.jsonl" for model in results}
+    for task in next(iter(results.values()))["samples"]:
+        for file in (folder / "benchmarks" / folder_name(task)).glob("*.jsonl"):
+            if file.name not in written:  # of models that the task's new entry no longer has
+                file.unlink()
     before = RunFolder.read(folder).benchmarks.get("tasks", {})
     write_json(folder / "benchmarks.json", {"tasks": {**before, **tasks}})
     write_report(folder)

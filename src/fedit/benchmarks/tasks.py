@@ -22,6 +22,8 @@ if TYPE_CHECKING:
 SHIPPED = Path(__file__).parent / "shipped"
 _READERS = {".json": "json", ".jsonl": "json", ".csv": "csv", ".parquet": "parquet"}
 """By the ending of a file, what `datasets` calls its reader"""
+OWN_ROWS = "instructions"
+"""The shipped task without data"""
 _NEEDS_PUNKT = {"length_constraints:number_sentences", "change_case:capital_word_frequency"}
 """IFEval's instructions whose check needs NLTK's data"""
 
@@ -49,6 +51,11 @@ def load_tasks(
     found = list(dict.fromkeys(name for wanted in names for name in _resolve(wanted, manager, include)))
     if strangers := data.keys() - set(found):
         raise ConfigError(f"--data {min(strangers)}: not among the tasks: {', '.join(found)}.")
+    if OWN_ROWS in found and OWN_ROWS not in data:
+        raise ConfigError(
+            f"Task {OWN_ROWS} asks rows of your own: --data {OWN_ROWS}=FILE (JSON, JSONL, CSV or Parquet with "
+            "instruction, response and, if any, context)."
+        )
     with tempfile.TemporaryDirectory() as place:
         try:
             tasks = manager.load(

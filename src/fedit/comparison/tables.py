@@ -157,8 +157,10 @@ def _latex_cell(group: Group, name: str, *, is_best: bool) -> str:
     if measure.unit not in {"plain", "percent"}:
         return escape(plain(measure, statistics.fmean(values))).replace(" ", "\\,")
     text = mean_and_deviation(group, name).replace("\N{MINUS SIGN}", "-").replace(" ± ", r" \pm ").replace(",", "{,}")
+    text, _, seeds = text.partition(" (")
     mean, _, rest = text.partition(" ")
     text = f"$\\mathbf{{{mean}}}{' ' + rest if rest else ''}$" if is_best else f"${text}$"
+    text += f" ({seeds}" if seeds else ""
     bounds = interval_text(group, join="$, $").replace("\N{MINUS SIGN}", "-") if name == "difference" else ""
     return f"{text} {{\\scriptsize [${bounds}$]}}" if bounds else text
 

@@ -7,6 +7,7 @@ from fedit.config.loading import (
     load_config,
     load_plugins,
     parse_config,
+    recorded_config,
     shipped_recipes,
     shipped_studies,
 )
@@ -49,6 +50,7 @@ __all__ = [
     "load_plugins",
     "override_value",
     "parse_config",
+    "recorded_config",
     "run_command",
     "shipped_recipes",
     "shipped_studies",

@@ -115,6 +115,20 @@ def parse_config(tables: Mapping[str, Any]) -> RunConfig:
     return config
 
 
+def recorded_config(described: Mapping[str, Any], folder: Path) -> RunConfig:
+    """Return the configuration of a run, of the content of its ``config.json``, once its plug-ins are loaded.
+
+    Raises:
+        ConfigError: another version of fedit wrote it, whose keys or values are none of this one.
+    """
+    try:
+        return parse_config(described["config"])
+    except ConfigError as error:
+        version = described.get("versions", {}).get("fedit", "of another version")
+        error.add_note(f"{folder} was written by fedit {version}: read it with that version, or run it again.")
+        raise
+
+
 def apply_overrides(tables: Mapping[str, Any], overrides: Sequence[str]) -> dict[str, Any]:
     """Return `tables` with each ``key.sub=value`` set; the value is read as TOML, or as text where it is none.
 

@@ -64,6 +64,9 @@ class ServerJudge:
             )
         if not (self._key.isascii() and self._key.isprintable()):
             raise ConfigError(f"The environment variable {KEY} holds characters that no key has. Set it again.")
+
+    def check(self) -> None:
+        """Raise ConfigError where there is no key for OpenAI."""
         if not self._key and self.where == "OpenAI":
             raise ConfigError(
                 f"No key for OpenAI: the environment variable {KEY} is not set. Set it, or give --base-url for another "
@@ -211,15 +214,18 @@ class ServerJudge:
             names = [model.id async for model in client.models.list(timeout=10)]
         except (openai.OpenAIError, ValueError, AttributeError, TypeError):
             names = []
+        if self.model in names:
+            return "It lists the model all the same: look at the server's own log."
         if names:
             return did_you_mean(self.model, names)
         return "Expected the URL up to and with /v1, such as http://localhost:8000/v1."
 
     def _gone(self, error: _NoReplyError, num_requests: int) -> str:
         given_up = "The first request" if num_requests == 1 else f"{num_requests} requests in a row"
+        problem = str(error).rstrip(".")
         return (
             f"{given_up} to the judge at {self.where} got no reply in {self.retries + 1} attempts. The last problem: "
-            f"{error}. Check --base-url and the server. What was answered is kept, and the same command goes on."
+            f"{problem}. Check --base-url and the server. What was answered is kept, and the same command goes on."
         )
 
 

@@ -252,6 +252,7 @@ def judge_contest(
                 raise EngineError(_nonsense(judge, len(fresh), 0, reply))
         notify(f"Judged: {len(fresh) + len(reasons):,} of {len(waiting):,}")
 
+    notify(f"Asking {judge.model} ({judge.where}) the first of {len(waiting):,}")
     judge.ask(waiting, on_reply)
     found = {cell: replies.get(request) for cell, request in requests.items()}
     scores = {cell: None if reply is None else contest.parse(reply.text) for cell, reply in found.items()}
@@ -287,15 +288,20 @@ def judge_contest(
 
 
 def save_result(folder: Path, questions: Path, result: Mapping[str, Any]) -> dict[str, Any]:
-    """Put a result into ``judge.json``, beside those of other judges, protocols and questions, and return it."""
+    """Put a result into ``judge.json``, in the place of that of the same question to the same judge about the same
+    models, beside all others, and return it.
+    """
     path = folder / RESULT
     named = {
         "questions": questions.name,
         "questions_sha256": hashlib.sha256(questions.read_bytes()).hexdigest(),
         **result,
     }
-    kind = result["parameters"].get("local", "server")
-    name = f"{questions.name}, {result['protocol']}, {result['judge']}, {kind}"
+    told = {key: value for key, value in named.items() if key not in {"comparisons", "models", "replies", "tokens"}}
+    told["compared"] = [(each["ours"], each["baseline"]) for each in result["comparisons"]]
+    told["graded"] = list(result.get("models", ()))
+    digest = hashlib.sha256(json.dumps(told, sort_keys=True).encode()).hexdigest()[:8]
+    name = f"{questions.name}, {result['protocol']}, {result['judge']}, {digest}"
     write_json(path, {**read_json(path), name: named})
     return named
 

@@ -63,6 +63,13 @@ class LocalJudge:
         """Of a reply."""
         return self.max_tokens if self.method == "generation" else 0
 
+    def check(self) -> None:
+        """Raise EngineError where the model cannot be found."""
+        try:
+            load_tokenizer(self.model)
+        except EngineError as error:
+            raise EngineError(str(error).replace("[model] path = ", "--judge ")) from error
+
     def ask(self, requests: Sequence[Request], on_reply: Callable[[Request, Reply | str], None]) -> None:
         """Call `on_reply` with each request and its reply, or why there is none, as they come.
 

@@ -5,7 +5,6 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 from fedit.data.reading import Row, read_path
 from fedit.interfaces import DataError
@@ -60,8 +59,10 @@ def read_answers(path: Path, questions: Sequence[Question]) -> dict[str, tuple[s
     """
     answers = {}
     for row in _rows(path):
-        question_id, turns = _field(row, ("question_id",)), _answer_turns(row)
-        answers[str(question_id)] = turns
+        question_id = row.values.get("question_id")
+        if not isinstance(question_id, str | int):
+            raise DataError(f"{row.source}: question_id = {question_id!r}: expected that of a question.")
+        answers[str(question_id)] = _answer_turns(row)
     for question in questions:
         got = answers.get(question.question_id, ())
         if len(got) < len(question.turns):
@@ -83,10 +84,10 @@ def _question(row: Row, number: int) -> Question:
     if "turns" in values:
         turns = _texts(row, "turns")
     else:
-        text = str(_field(row, QUESTION_FIELDS, "turns"))
+        text = _text(row, QUESTION_FIELDS, "turns")
         context = values.get("context") or values.get("input") or ""
         turns = (f"{text}\n\n{context}" if context else text,)
-    references = _texts(row, "reference") if values.get("reference") else ()
+    references = _texts(row, "reference", may_be_one=True) if values.get("reference") else ()
     return Question(
         question_id=str(values.get("question_id", number)),
         turns=turns,
@@ -102,15 +103,15 @@ def _answer_turns(row: Row) -> tuple[str, ...]:
         return _texts(Row(choices[0], f"{row.source}, choices[0]"), "turns")
     if "turns" in row.values:
         return _texts(row, "turns")
-    return (str(_field(row, ANSWER_FIELDS, "choices", may_be_empty=True)),)
+    return (_text(row, ANSWER_FIELDS, "choices", may_be_empty=True),)
 
 
-def _field(row: Row, names: Sequence[str], *others: str, may_be_empty: bool = False) -> Any:
+def _text(row: Row, names: Sequence[str], *others: str, may_be_empty: bool = False) -> str:
     """Return the value of the first of `names` that the row has; `others` are named where it has none."""
     for name in names:
         value = row.values.get(name)
         if value is not None:
-            if isinstance(value, str | int) and (may_be_empty or str(value).strip()):
+            if isinstance(value, str) and (may_be_empty or value.strip()):
                 return value
             raise DataError(f"{row.source}: {name} = {value!r}: expected a text.")
     raise DataError(
@@ -118,9 +119,9 @@ def _field(row: Row, names: Sequence[str], *others: str, may_be_empty: bool = Fa
     )
 
 
-def _texts(row: Row, name: str) -> tuple[str, ...]:
+def _texts(row: Row, name: str, *, may_be_one: bool = False) -> tuple[str, ...]:
     value = row.values.get(name)
-    if isinstance(value, str):
+    if may_be_one and isinstance(value, str):
         value = [value]
     if not isinstance(value, list) or not value or not all(isinstance(text, str) for text in value):
         raise DataError(f"{row.source}: {name} = {value!r}: expected a list of texts, one for each turn.")

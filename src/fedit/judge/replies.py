@@ -55,6 +55,14 @@ class Judge(Protocol):
         """Of a reply; None: no limit is known."""
         ...
 
+    def check(self) -> None:
+        """Make sure that the judge can be asked, as far as that can be known without asking.
+
+        Raises:
+            FeditError: it cannot.
+        """
+        ...
+
     def ask(self, requests: Sequence[Request], on_reply: Callable[[Request, Reply | str], None]) -> None:
         """Call `on_reply` with each request and its reply, or why there is none, as they come.
 
