@@ -69,7 +69,7 @@ contracts: $(DEV)
 	@$(BIN)/lint-imports --no-cache --no-logo
 
 docs: $(DEV)
-	@NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build --strict --quiet
+	@NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build --strict
 	@echo "The documentation is in site/index.html"
 
 check: test lint types contracts docs

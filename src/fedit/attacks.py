@@ -25,8 +25,9 @@ if TYPE_CHECKING:
 class Scaling(Attack):
     """Send the honest update times a factor: model replacement (1807.00459) is `factor` = the number of clients.
 
-    >>> Scaling(factor=5.0).factor
-    5.0
+    Examples:
+        >>> Scaling(factor=5.0).factor
+        5.0
     """
 
     name: ClassVar[str] = "scaling"
@@ -41,8 +42,9 @@ class Scaling(Attack):
 class SignFlip(Attack):
     """Send the opposite of the honest update, times `factor`.
 
-    >>> SignFlip().factor
-    1.0
+    Examples:
+        >>> SignFlip().factor
+        1.0
     """
 
     name: ClassVar[str] = "sign-flip"
@@ -57,8 +59,9 @@ class SignFlip(Attack):
 class Gaussian(Attack):
     """Send noise of `factor` times the honest update's norm, tensor by tensor, in its place.
 
-    >>> Gaussian(factor=2.0).factor
-    2.0
+    Examples:
+        >>> Gaussian(factor=2.0).factor
+        2.0
     """
 
     name: ClassVar[str] = "gaussian"
@@ -74,8 +77,9 @@ class Gaussian(Attack):
 class GaugeRescaling(Attack):
     """Send an adapter that does what the honest one does, written as (c B, A / c): a mean of factors is hijacked by it.
 
-    >>> GaugeRescaling().factor
-    10.0
+    Examples:
+        >>> GaugeRescaling().factor
+        10.0
     """
 
     name: ClassVar[str] = "gauge-rescaling"
@@ -102,8 +106,9 @@ class GaugeRescaling(Attack):
 class LabelFlip(Attack):
     """Answer each question with the answer to another of the client's questions.
 
-    >>> [row.response for row in LabelFlip().poison([Example((Turn(q, q.upper()),)) for q in "abc"], None)]
-    ['B', 'C', 'A']
+    Examples:
+        >>> [row.response for row in LabelFlip().poison([Example((Turn(q, q.upper()),)) for q in "abc"], None)]
+        ['B', 'C', 'A']
     """
 
     name: ClassVar[str] = "label-flip"
@@ -120,8 +125,9 @@ class Backdoor(Attack):
 
     Success is measured: the share of held-out questions, each with the trigger, that the federated model answers so.
 
-    >>> Backdoor(share=1.0).poison([Example((Turn("Why?", "So."),))], None)[0].turns[0].instruction
-    'Why? cf'
+    Examples:
+        >>> Backdoor(share=1.0).poison([Example((Turn("Why?", "So."),))], None)[0].turns[0].instruction
+        'Why? cf'
     """
 
     name: ClassVar[str] = "backdoor"

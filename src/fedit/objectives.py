@@ -24,8 +24,9 @@ if TYPE_CHECKING:
 class Plain(Objective):
     """The mean negative log-likelihood of the response tokens, and nothing else.
 
-    >>> Plain().pull
-    0.0
+    Examples:
+        >>> Plain().pull
+        0.0
     """
 
     name: ClassVar[str] = "plain"
@@ -36,8 +37,9 @@ class FedProx(Objective):
 
     Clients drift less from what they received. It moves the factors, not the product: (c B, A / c) is farther away.
 
-    >>> FedProx(mu=0.1).pull
-    0.1
+    Examples:
+        >>> FedProx(mu=0.1).pull
+        0.1
     """
 
     name: ClassVar[str] = "fedprox"
@@ -55,8 +57,9 @@ class Scaffold(Objective):
     c <- c + (1 / N) sum_k of these changes, N being all clients. c_k stays at the client, c and the changes travel:
     twice the bytes. It is derived for SGD without a clip: the change of x has to be the sum of the gradients.
 
-    >>> Scaffold().control_variates
-    True
+    Examples:
+        >>> Scaffold().control_variates
+        True
     """
 
     name: ClassVar[str] = "scaffold"
@@ -93,8 +96,9 @@ class Ditto(Objective):
     last round and never travels; the federation is the plain one. Twice the training, evaluated both ways. AdamW starts
     afresh in every round of v.
 
-    >>> Ditto(strength=0.5).personal_pull
-    0.5
+    Examples:
+        >>> Ditto(strength=0.5).personal_pull
+        0.5
     """
 
     name: ClassVar[str] = "ditto"
@@ -122,8 +126,9 @@ class SelfPruning(Objective):
     then on: clients find their ranks themselves. One component stays; what the others held is lost. With B = 0 the
     sum is zero, so nobody prunes in the first round. It is HetLoRA's, and works with every rule for mixed ranks.
 
-    >>> SelfPruning(keep=0.5).kept_rank(8), SelfPruning(keep=0.9).kept_rank(8), SelfPruning().kept_rank(1)
-    (4, 7, 1)
+    Examples:
+        >>> SelfPruning(keep=0.5).kept_rank(8), SelfPruning(keep=0.9).kept_rank(8), SelfPruning().kept_rank(1)
+        (4, 7, 1)
     """
 
     name: ClassVar[str] = "self-pruning"
@@ -160,9 +165,10 @@ class DPO(Objective):
     rows of a batch; log p sums over the response tokens, and p_0 is the frozen base, which is at hand anyway. Two
     passes through the base: the first without gradients says how much each response counts.
 
-    >>> import torch
-    >>> float(DPO(beta=0.1).preference_loss(torch.tensor(0.0)))  # the log of 2
-    0.6931471824645996
+    Examples:
+        >>> import torch
+        >>> float(DPO(beta=0.1).preference_loss(torch.tensor(0.0)))  # the log of 2
+        0.6931471824645996
     """
 
     name: ClassVar[str] = "dpo"

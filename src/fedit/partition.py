@@ -24,11 +24,12 @@ class CategoryShards(Partition):
     lies across the border of two categories holds both, so a client has up to twice shards_per_client of them where
     categories are larger than shards, and more where they are smaller.
 
-    >>> from fedit.interfaces import Example, Turn
-    >>> examples = [Example((Turn(str(i), "yes"),), category="ab"[i % 2]) for i in range(8)]
-    >>> split = CategoryShards(num_clients=2, shards_per_client=1).split(examples, np.random.default_rng(0))
-    >>> [sorted(int(index) % 2 for index in rows) for rows in split.values()]
-    [[0, 0, 0, 0], [1, 1, 1, 1]]
+    Examples:
+        >>> from fedit.interfaces import Example, Turn
+        >>> examples = [Example((Turn(str(i), "yes"),), category="ab"[i % 2]) for i in range(8)]
+        >>> split = CategoryShards(num_clients=2, shards_per_client=1).split(examples, np.random.default_rng(0))
+        >>> [sorted(int(index) % 2 for index in rows) for rows in split.values()]
+        [[0, 0, 0, 0], [1, 1, 1, 1]]
     """
 
     name: ClassVar[str] = "category_shards"
@@ -57,11 +58,12 @@ class DirichletPartition(Partition):
     has fewer than min_rows takes rows, one by one, from the client that is then the largest: the work is bounded,
     where drawing again until every client has enough never ends for many clients.
 
-    >>> from fedit.interfaces import Example, Turn
-    >>> examples = [Example((Turn(str(i), "yes"),), category="ab"[i % 2]) for i in range(40)]
-    >>> split = DirichletPartition(num_clients=4, alpha=1e6).split(examples, np.random.default_rng(0))
-    >>> [len(rows) for rows in split.values()]
-    [10, 10, 10, 10]
+    Examples:
+        >>> from fedit.interfaces import Example, Turn
+        >>> examples = [Example((Turn(str(i), "yes"),), category="ab"[i % 2]) for i in range(40)]
+        >>> split = DirichletPartition(num_clients=4, alpha=1e6).split(examples, np.random.default_rng(0))
+        >>> [len(rows) for rows in split.values()]
+        [10, 10, 10, 10]
     """
 
     name: ClassVar[str] = "dirichlet"
@@ -84,11 +86,12 @@ class QuantitySkew(Partition):
     alpha towards 0 leaves almost all rows to one client; towards infinity the sizes are equal. Every client has at
     least one row, taken from the largest where needed.
 
-    >>> from fedit.interfaces import Example, Turn
-    >>> examples = [Example((Turn(str(i), "yes"),)) for i in range(100)]
-    >>> split = QuantitySkew(num_clients=4, alpha=0.3).split(examples, np.random.default_rng(0))
-    >>> sum(len(rows) for rows in split.values()), min(len(rows) for rows in split.values()) >= 1
-    (100, True)
+    Examples:
+        >>> from fedit.interfaces import Example, Turn
+        >>> examples = [Example((Turn(str(i), "yes"),)) for i in range(100)]
+        >>> split = QuantitySkew(num_clients=4, alpha=0.3).split(examples, np.random.default_rng(0))
+        >>> sum(len(rows) for rows in split.values()), min(len(rows) for rows in split.values()) >= 1
+        (100, True)
     """
 
     name: ClassVar[str] = "quantity_skew"
@@ -105,10 +108,11 @@ class QuantitySkew(Partition):
 class Natural(Partition):
     """The clients that the data names: a client column, or one file per client. Nothing is random.
 
-    >>> from fedit.interfaces import Example, Turn
-    >>> examples = [Example((Turn("Hm?", "yes"),), client=name) for name in ("site10", "site2", "site10")]
-    >>> {client: rows.tolist() for client, rows in Natural().split(examples, np.random.default_rng(0)).items()}
-    {'site2': [1], 'site10': [0, 2]}
+    Examples:
+        >>> from fedit.interfaces import Example, Turn
+        >>> examples = [Example((Turn("Hm?", "yes"),), client=name) for name in ("site10", "site2", "site10")]
+        >>> {client: rows.tolist() for client, rows in Natural().split(examples, np.random.default_rng(0)).items()}
+        {'site2': [1], 'site10': [0, 2]}
     """
 
     name: ClassVar[str] = "natural"
@@ -130,11 +134,12 @@ class Natural(Partition):
 class IID(Partition):
     """Shuffle and cut into nearly equal parts: no client differs from another but by chance.
 
-    >>> from fedit.interfaces import Example, Turn
-    >>> examples = [Example((Turn(str(i), "yes"),)) for i in range(7)]
-    >>> split = IID(num_clients=3).split(examples, np.random.default_rng(0))
-    >>> [len(rows) for rows in split.values()]
-    [3, 2, 2]
+    Examples:
+        >>> from fedit.interfaces import Example, Turn
+        >>> examples = [Example((Turn(str(i), "yes"),)) for i in range(7)]
+        >>> split = IID(num_clients=3).split(examples, np.random.default_rng(0))
+        >>> [len(rows) for rows in split.values()]
+        [3, 2, 2]
     """
 
     name: ClassVar[str] = "iid"

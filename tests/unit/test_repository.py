@@ -67,6 +67,13 @@ def test_constraints_satisfy_the_declared_dependencies(repository: Path):
     assert wrong == []
 
 
+def test_the_documentation_is_built_strictly(repository: Path) -> None:
+    """Quiet, mkdocs counts no warning."""
+    (build,) = re.findall(r"mkdocs build.*", (repository / "Makefile").read_text(encoding="utf-8"))
+    assert "--strict" in build
+    assert "--quiet" not in build
+
+
 @pytest.mark.parametrize("name", ["README.md", "LICENSE", "CHANGELOG.md", "CONTRIBUTING.md", "mkdocs.yml", ".ci/run"])
 def test_expected_files_exist_and_say_something(repository: Path, name: str):
     assert (repository / name).read_text(encoding="utf-8").strip()

@@ -35,8 +35,9 @@ class FedIT(Aggregation):
     sum_k p_k (B_k - B)(A_k - A), second order in how far the clients drift apart; every round reports it as
     ``aggregation_loss``. All clients need the same rank.
 
-    >>> FedIT(weighting="uniform").weighting
-    'uniform'
+    Examples:
+        >>> FedIT(weighting="uniform").weighting
+        'uniform'
     """
 
     name: ClassVar[str] = "fedit"
@@ -55,8 +56,9 @@ class FedSALoRA(FedIT):
     products would have been is unknown (no ``aggregation_loss``). Evaluated are the clients' own models, A with each
     B_k.
 
-    >>> FedSALoRA().shared(0)
-    ('lora_A',)
+    Examples:
+        >>> FedSALoRA().shared(0)
+        ('lora_A',)
     """
 
     name: ClassVar[str] = "fedsa-lora"
@@ -77,8 +79,9 @@ class HetLoRA(Aggregation):
     that nobody of the cohort has does nothing afterwards, and keeps its row of A, from which it can grow again. The
     paper's clients also find their ranks themselves: `[objective] name = "self-pruning"`.
 
-    >>> HetLoRA().weighting
-    'norm'
+    Examples:
+        >>> HetLoRA().weighting
+        'norm'
     """
 
     name: ClassVar[str] = "hetlora"
@@ -100,8 +103,9 @@ class FedRotLoRA(FedIT):
     mean of the factors loses by clients that turned apart is gone; what it loses by clients that learned different
     things stays. The rotation needs nothing that the server does not have, so it is done there.
 
-    >>> FedRotLoRA().rotation_invariant
-    True
+    Examples:
+        >>> FedRotLoRA().rotation_invariant
+        True
     """
 
     name: ClassVar[str] = "fedrot-lora"
@@ -130,8 +134,9 @@ class LoRAFAIR(FedIT):
     B <- B_mean + R A^T (A A^T + regularisation I)^-1 with A = A_mean and R = M / s - B_mean A: the ridge regression of
     what was lost on the rows of A, as much of it as fits into the rank with this A. Only B_mean and A travel.
 
-    >>> LoRAFAIR().regularisation
-    0.01
+    Examples:
+        >>> LoRAFAIR().regularisation
+        0.01
     """
 
     name: ClassVar[str] = "lora-fair"

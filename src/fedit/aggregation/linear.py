@@ -26,8 +26,9 @@ class FFALoRA(FedIT):
     added for privacy is not multiplied, and half travels. A is the same random matrix at every client, from the seed;
     what cannot be expressed in its r rows can never be learned.
 
-    >>> FFALoRA().trained(3)
-    ('lora_B',)
+    Examples:
+        >>> FFALoRA().trained(3)
+        ('lora_B',)
     """
 
     name: ClassVar[str] = "ffa-lora"
@@ -42,8 +43,9 @@ class RoLoRA(FedIT):
     As one factor is everywhere the same in a round, the mean of the other is exact, and half travels. Rounds count
     from 0 and B comes first: while B = 0, the gradient of A is zero.
 
-    >>> [RoLoRA().trained(round_index) for round_index in (0, 1, 2)]
-    [('lora_B',), ('lora_A',), ('lora_B',)]
+    Examples:
+        >>> [RoLoRA().trained(round_index) for round_index in (0, 1, 2)]
+        [('lora_B',), ('lora_A',), ('lora_B',)]
     """
 
     name: ClassVar[str] = "rolora"
@@ -61,8 +63,9 @@ class LoRAA2(RoLoRA):
     to its next update of the same factor (error feedback), which the paper does not do: ``-o
     upload.error_feedback=false`` is the paper's.
 
-    >>> LoRAA2(budget=0.25).ranks_kept
-    0.25
+    Examples:
+        >>> LoRAA2(budget=0.25).ranks_kept
+        0.25
     """
 
     name: ClassVar[str] = "lora-a2"
@@ -81,8 +84,9 @@ class FedSB(FedIT):
     (as in LoRA-XS, 2405.17604); the paper takes those of a first gradient instead, which costs a round of its own.
     What lies outside these r directions can never be learned.
 
-    >>> FedSB().trained(0)
-    ('lora_R',)
+    Examples:
+        >>> FedSB().trained(0)
+        ('lora_R',)
     """
 
     name: ClassVar[str] = "fed-sb"
@@ -110,8 +114,9 @@ class TinyLoRA(FedIT):
     1/r, from the seed. Neighbouring layers share a vector; `num_vectors` = 1 ties all of them: u numbers are all that
     a client sends. More vectors than layers would be idle, so there are as many as layers at most.
 
-    >>> TinyLoRA(u=13).num_vectors
-    1
+    Examples:
+        >>> TinyLoRA(u=13).num_vectors
+        1
     """
 
     name: ClassVar[str] = "tinylora"
@@ -144,8 +149,9 @@ class FedKSeed(FedIT):
     ways. No backward pass, so no activations are kept; in return a step tells little, and many are needed. A is frozen
     where it was drawn (the paper moves the weights themselves). Needs SGD; without a clip, or with one of the slope.
 
-    >>> FedKSeed().trained(0)
-    ('lora_a',)
+    Examples:
+        >>> FedKSeed().trained(0)
+        ('lora_a',)
     """
 
     name: ClassVar[str] = "fedkseed"

@@ -37,8 +37,9 @@ class FLoRA(_Product):
     side += M = sum_k p_k s_k B_k A_k, as [B_1 .. B_K] and [p_1 s_1 A_1; ..; p_K s_K A_K]; A is drawn anew, B = 0. Each
     client downloads the factors of all, and the side grows by sum_k r_k in every round, to m or n at most.
 
-    >>> FLoRA().keeps_side, FLoRA().mixed_ranks
-    (True, True)
+    Examples:
+        >>> FLoRA().keeps_side, FLoRA().mixed_ranks
+        (True, True)
     """
 
     name: ClassVar[str] = "flora"
@@ -70,8 +71,9 @@ class FedExLoRA(_Product):
     A <- A_mean, B <- B_mean, side += M - s B_mean A_mean: exact. The residual is the covariance of the factors, of rank
     (K - 1) r at most; each client downloads it.
 
-    >>> FedExLoRA().refactors
-    False
+    Examples:
+        >>> FedExLoRA().refactors
+        False
     """
 
     name: ClassVar[str] = "fedex-lora"
@@ -102,8 +104,9 @@ class FlexLoRA(_Product):
 
     The basis changes in every round, so a server optimizer that remembers past updates makes no sense with it.
 
-    >>> FlexLoRA().mixed_ranks
-    True
+    Examples:
+        >>> FlexLoRA().mixed_ranks
+        True
     """
 
     name: ClassVar[str] = "flexlora"
@@ -123,8 +126,9 @@ class RaFLoRA(Aggregation):
     which few clients have, are not watered down by those that lack them. With equal ranks it is FlexLoRA. Against M the
     higher components are too large on purpose, and ``aggregation_loss`` shows it.
 
-    >>> RaFLoRA().mixed_ranks
-    True
+    Examples:
+        >>> RaFLoRA().mixed_ranks
+        True
     """
 
     name: ClassVar[str] = "raflora"
@@ -167,8 +171,9 @@ class FedSVD(_Product):
     A <- V^T, orthonormal, and B <- U S. Orthonormal rows keep the gradients of B, and their noise, well scaled. The
     rows of A stay in the space of the first A.
 
-    >>> FedSVD().trained(0)
-    ('lora_B',)
+    Examples:
+        >>> FedSVD().trained(0)
+        ('lora_B',)
     """
 
     name: ClassVar[str] = "fedsvd"
@@ -194,8 +199,9 @@ class FedMomentum(_Product):
     M / s = U S V^T; B <- U_r S_r^1/2, A <- S_r^1/2 V_r^T, and the components after the r-th go to the side: exact. What
     has most weight goes on being trained, in the basis of its own.
 
-    >>> FedMomentum().refactors, FedMomentum().keeps_side
-    (True, True)
+    Examples:
+        >>> FedMomentum().refactors, FedMomentum().keeps_side
+        (True, True)
     """
 
     name: ClassVar[str] = "fedmomentum"
@@ -221,8 +227,9 @@ class FedITPlus(_Product):
     side keeps the fewest with which `energy` of ||T||_F^2 is kept, module by module. So nothing that matters is lost,
     the side is no larger than it has to be, and a client downloads the adapter and the side. energy = 1 is exact.
 
-    >>> FedITPlus(energy=1.0).keeps_side
-    True
+    Examples:
+        >>> FedITPlus(energy=1.0).keeps_side
+        True
     """
 
     name: ClassVar[str] = "fedit-plus"

@@ -81,8 +81,9 @@ class _AgainstAShare(_RobustRule):
 class Median(_RobustRule):
     """The median of every coordinate of the factors (1803.01498); of an even number, the mean of the middle two.
 
-    >>> Median().bucket_size
-    1
+    Examples:
+        >>> Median().bucket_size
+        1
     """
 
     name: ClassVar[str] = "median"
@@ -97,8 +98,9 @@ class TrimmedMean(_AgainstAShare):
 
     Of K clients, floor(`malicious` K) are left out at either end; of buckets, as many, if a value is left.
 
-    >>> TrimmedMean(malicious=0.1).malicious
-    0.1
+    Examples:
+        >>> TrimmedMean(malicious=0.1).malicious
+        0.1
     """
 
     name: ClassVar[str] = "trimmed-mean"
@@ -114,8 +116,9 @@ class Krum(_AgainstAShare):
     Of several equally near ones (with one neighbour each, the nearest two are), the mean. The guarantee needs
     K >= 2 f + 3 clients: with fewer, f is the largest number that this allows.
 
-    >>> Krum().malicious
-    0.2
+    Examples:
+        >>> Krum().malicious
+        0.2
     """
 
     name: ClassVar[str] = "krum"
@@ -136,8 +139,9 @@ class Krum(_AgainstAShare):
 class MultiKrum(Krum):
     """The mean of the K - f updates with the best scores of Krum (1703.02757).
 
-    >>> MultiKrum(malicious=0.3).malicious
-    0.3
+    Examples:
+        >>> MultiKrum(malicious=0.3).malicious
+        0.3
     """
 
     name: ClassVar[str] = "multi-krum"
@@ -155,8 +159,9 @@ class RFA(_RobustRule):
     weights in proportion to one over the distance; they are found by a few iterations, and the factors averaged with
     them.
 
-    >>> RFA().iterations
-    10
+    Examples:
+        >>> RFA().iterations
+        10
     """
 
     name: ClassVar[str] = "rfa"
@@ -179,8 +184,9 @@ class NormClipping(_RobustRule):
     "median" is the median of the round's norms: no update counts for much more than an ordinary one. The norm is the
     L2 norm of all factors' steps together.
 
-    >>> NormClipping(max_norm=0.5).max_norm
-    0.5
+    Examples:
+        >>> NormClipping(max_norm=0.5).max_norm
+        0.5
     """
 
     name: ClassVar[str] = "norm-clipping"

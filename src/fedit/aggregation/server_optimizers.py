@@ -20,8 +20,9 @@ class FedAvg(ServerOptimizer):
 
     Clients that pull in different directions cancel in D; a rate above 1 makes up for the length that it lost.
 
-    >>> FedAvg().learning_rate
-    1.0
+    Examples:
+        >>> FedAvg().learning_rate
+        1.0
     """
 
     name: ClassVar[str] = "fedavg"
@@ -46,8 +47,9 @@ class FedAvgM(ServerOptimizer):
     With momentum 0.9 and learning_rate 1 the steps grow up to tenfold: lower one of the rates. The velocity is kept in
     float64. Refused with an aggregation that changes the factors' basis, since the velocity would be of another basis.
 
-    >>> FedAvgM(momentum=0.5).learning_rate
-    1.0
+    Examples:
+        >>> FedAvgM(momentum=0.5).learning_rate
+        1.0
     """
 
     name: ClassVar[str] = "fedavgm"
@@ -74,8 +76,9 @@ class Nesterov(FedAvgM):
 
     Its clients run AdamW with moments of their own, `[client] moments = "keep"`. Refused where `fedavgm` is.
 
-    >>> Nesterov().learning_rate
-    0.7
+    Examples:
+        >>> Nesterov().learning_rate
+        0.7
     """
 
     name: ClassVar[str] = "nesterov"
@@ -92,8 +95,9 @@ class FedAdagrad(ServerOptimizer):
     squares are those of D (not of m), and nothing is corrected for its bias. m and v are kept in float64. Refused where
     `fedavgm` is.
 
-    >>> FedAdagrad().beta1
-    0.0
+    Examples:
+        >>> FedAdagrad().beta1
+        0.0
     """
 
     name: ClassVar[str] = "fedadagrad"
@@ -126,8 +130,9 @@ class FedAdam(FedAdagrad):
 
     m <- beta1 m + (1 - beta1) D; theta <- theta + learning_rate m / (sqrt(v) + tau). A larger tau adapts less.
 
-    >>> FedAdam().beta2
-    0.99
+    Examples:
+        >>> FedAdam().beta2
+        0.99
     """
 
     name: ClassVar[str] = "fedadam"
@@ -143,8 +148,9 @@ class FedYogi(FedAdagrad):
 
     m <- beta1 m + (1 - beta1) D; theta <- theta + learning_rate m / (sqrt(v) + tau).
 
-    >>> FedYogi(tau=1e-2).tau
-    0.01
+    Examples:
+        >>> FedYogi(tau=1e-2).tau
+        0.01
     """
 
     name: ClassVar[str] = "fedyogi"

@@ -21,9 +21,10 @@ class AlpacaTemplate(Template):
     The headers of Stanford Alpaca without its preamble, which costs 30 tokens a row and says nothing that tuning
     does not teach. Works with any tokenizer.
 
-    >>> example = Example((Turn("Name a colour.", "Blue"),))
-    >>> [segment.text for segment in AlpacaTemplate().render(example, None)]
-    ['### Instruction:\nName a colour.\n\n### Response:\n', 'Blue']
+    Examples:
+        >>> example = Example((Turn("Name a colour.", "Blue"),))
+        >>> [segment.text for segment in AlpacaTemplate().render(example, None)]
+        ['### Instruction:\nName a colour.\n\n### Response:\n', 'Blue']
     """
 
     name: ClassVar[str] = "alpaca"
@@ -44,9 +45,10 @@ class PlainTemplate(Template):
 
     The shortest: for small models, whose context and vocabulary are too small for headers.
 
-    >>> example = Example((Turn("Name it.", "Ilka", "An animal of the caves."),))
-    >>> [segment.text for segment in PlainTemplate().render(example, None)]
-    ['Name it.\n\nAn animal of the caves.\n', 'Ilka']
+    Examples:
+        >>> example = Example((Turn("Name it.", "Ilka", "An animal of the caves."),))
+        >>> [segment.text for segment in PlainTemplate().render(example, None)]
+        ['Name it.\n\nAn animal of the caves.\n', 'Ilka']
     """
 
     name: ClassVar[str] = "plain"
@@ -65,14 +67,15 @@ class ChatTemplate(Template):
     rewrite earlier messages (some reasoning models drop their thoughts), because generation would then see other
     text than training.
 
-    >>> from tokenizers import Tokenizer, models
-    >>> from transformers import PreTrainedTokenizerFast
-    >>> tokenizer = PreTrainedTokenizerFast(tokenizer_object=Tokenizer(models.BPE()))
-    >>> turn = "{% for message in messages %}[{{ message.role }}] {{ message.content }}\n{% endfor %}"
-    >>> tokenizer.chat_template = turn + "{% if add_generation_prompt %}[assistant] {% endif %}"
-    >>> example = Example((Turn("Name a colour.", "Blue"),), system="Be brief.")
-    >>> [segment.text for segment in ChatTemplate().render(example, tokenizer)]
-    ['[system] Be brief.\n[user] Name a colour.\n[assistant] ', 'Blue\n']
+    Examples:
+        >>> from tokenizers import Tokenizer, models
+        >>> from transformers import PreTrainedTokenizerFast
+        >>> tokenizer = PreTrainedTokenizerFast(tokenizer_object=Tokenizer(models.BPE()))
+        >>> turn = "{% for message in messages %}[{{ message.role }}] {{ message.content }}\n{% endfor %}"
+        >>> tokenizer.chat_template = turn + "{% if add_generation_prompt %}[assistant] {% endif %}"
+        >>> example = Example((Turn("Name a colour.", "Blue"),), system="Be brief.")
+        >>> [segment.text for segment in ChatTemplate().render(example, tokenizer)]
+        ['[system] Be brief.\n[user] Name a colour.\n[assistant] ', 'Blue\n']
     """
 
     name: ClassVar[str] = "chat"

@@ -13,7 +13,7 @@ value is None counts as absent (tables fill missing fields with nulls). Words ar
 | `sentences` | n or [least, most] | the answer has that many sentences |
 | `words` | n or [least, most] | the answer has that many words |
 
-Example:
+Examples:
     >>> passes({"list": {"allowed": ["brell", "cotha", "zoll"], "count": 2}}, "a zoll and a brell")
     True
     >>> passes({"mentions": ["wool"], "sentences": 1}, "A brell gives milk.")
@@ -39,7 +39,7 @@ def normalise(text: str) -> str:
 
     Source: Rajpurkar et al., arXiv 1606.05250, evaluation script v1.1.
 
-    Example:
+    Examples:
         >>> normalise(" The  brell's wool. ")
         'brells wool'
     """

@@ -118,7 +118,7 @@ def response_losses(
 def generate_answers(
     model: StackedModel, adapters: Sequence[Adapter | None], examples: Sequence[EncodedExample], max_new_tokens: int
 ) -> list[list[str]]:
-    """Return each model's greedy answer to each row, [models][rows]."""
+    """Return each model's greedy answer to each row: a list for each model."""
     asked = [(slot, example.prompt_ids) for slot in range(len(adapters)) for example in examples]
     texts = dict(continue_prompts(model, adapters, asked, max_new_tokens))
     return [

@@ -102,12 +102,13 @@ def parse_pair(reply: str) -> tuple[float, ...] | None:
 
     Asterisks around the numbers, and thoughts that a reasoning model shows first, are not looked at.
 
-    >>> parse_pair("8 9.5\nBoth answers are helpful.")
-    (8.0, 9.5)
-    >>> parse_pair("**8** **9**")
-    (8.0, 9.0)
-    >>> parse_pair("Answer 1 deserves 8, answer 2 deserves 9.") is None
-    True
+    Examples:
+        >>> parse_pair("8 9.5\nBoth answers are helpful.")
+        (8.0, 9.5)
+        >>> parse_pair("**8** **9**")
+        (8.0, 9.0)
+        >>> parse_pair("Answer 1 deserves 8, answer 2 deserves 9.") is None
+        True
     """
     lines = _THOUGHTS.sub("", reply).strip().splitlines()
     found = _PAIR.fullmatch(lines[0].replace("*", "").strip()) if lines else None
@@ -117,8 +118,9 @@ def parse_pair(reply: str) -> tuple[float, ...] | None:
 def parse_grade(reply: str) -> tuple[float, ...] | None:
     """Return the last grade in double brackets; None: there is none up to 10.
 
-    >>> parse_grade("Not wrong, but short. Rating: [[4]]")
-    (4.0,)
+    Examples:
+        >>> parse_grade("Not wrong, but short. Rating: [[4]]")
+        (4.0,)
     """
     found = _GRADE.findall(_THOUGHTS.sub("", reply))
     return _in_range(found[-1]) if found else None

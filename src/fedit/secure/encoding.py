@@ -212,8 +212,9 @@ def discrete_gaussian(deviation: float, size: int, uniform: Uniform) -> np.ndarr
     Rejection from a discrete Laplace distribution of scale t = floor(deviation) + 1 (2004.00010, algorithm 3), with the
     probabilities in float64.
 
-    >>> discrete_gaussian(1e-3, 3, np.random.default_rng(0).random).tolist()
-    [0, 0, 0]
+    Examples:
+        >>> discrete_gaussian(1e-3, 3, np.random.default_rng(0).random).tolist()
+        [0, 0, 0]
     """
     scale = math.floor(deviation) + 1
     drawn = np.zeros(0, np.int64)

@@ -13,9 +13,10 @@ SECRET_BYTES, SHARE_BYTES = 32, 33
 def split(secret: bytes, points: Sequence[int], threshold: int) -> dict[int, bytes]:
     """Return a share of a secret [32 bytes] for each of the `points`, which are not 0: a random polynomial's values.
 
-    >>> shares = split(b"x" * 32, [1, 2, 3], threshold=2)
-    >>> join({1: shares[1], 3: shares[3]}) == b"x" * 32
-    True
+    Examples:
+        >>> shares = split(b"x" * 32, [1, 2, 3], threshold=2)
+        >>> join({1: shares[1], 3: shares[3]}) == b"x" * 32
+        True
     """
     if len(secret) != SECRET_BYTES or not 1 <= threshold <= len(set(points)) or any(p % PRIME == 0 for p in points):
         raise ValueError("expected a secret of 32 bytes, and at least `threshold` points other than 0")
