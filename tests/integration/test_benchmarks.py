@@ -318,12 +318,6 @@ def test_a_run_is_evaluated_and_its_report_says_so(fedit, run: Path, choices: Pa
     assert (run / "benchmarks" / "pasture" / "federated.jsonl").is_file()
 
 
-def test_rows_of_ones_own_have_to_be_given(fedit, run: Path) -> None:
-    done = fedit("evaluate", run, "--tasks", "instructions")
-    assert done.status == 1
-    assert "--data instructions=FILE" in done.stderr
-
-
 def test_rows_of_a_file_are_judged_as_the_run_judges_its_own(fedit, run: Path, data: Path) -> None:
     done = fedit(
         "evaluate", run, "--tasks", "instructions", "--data", f"instructions={data}", "--models", "federated", "--json"
@@ -369,6 +363,7 @@ def test_a_task_that_cannot_be_loaded(fedit, run: Path, tmp_path, task, function
     assert done.status == 1
     assert "cannot be loaded" in done.stderr
     assert message in done.stderr
+    assert "--data TASK=FILE" in done.stderr
 
 
 def test_the_example_of_the_documentation_runs(fedit, run: Path, repository: Path) -> None:
@@ -428,7 +423,7 @@ def test_bad_input_is_refused_with_what_to_do(fedit, run: Path, choices: Path, t
     assert "there is no such file" in refused(run, "--tasks", "choices", *some, "--data", "choices=none.jsonl")
     (tmp_path / "rows.txt").touch()
     assert "ends in .json" in refused(run, "--tasks", "choices", *some, "--data", f"choices={tmp_path / 'rows.txt'}")
-    assert "--data TASK=FILE" in refused(run, "--tasks", "instructions")
+    assert "--data instructions=FILE" in refused(run, "--tasks", "instructions")
     unsafe = (choices / "choices.yaml").read_text() + "unsafe_code: true\n"
     (tmp_path / "unsafe.yaml").write_text(unsafe)
     assert "runs code that the model writes" in refused(run, "--tasks", tmp_path / "unsafe.yaml")
