@@ -336,7 +336,7 @@ def main(arguments: Sequence[str]) -> None:
     status = 0
     try:
         keep(Path(arguments[0]), stopped)
-    except Exception as error:  # noqa: BLE001 (whatever ends a session, another follows)
+    except Exception as error:  # noqa: BLE001 (whatever ends a session, the supervisor starts another)
         log.warning("the session with FLARE's server ended (%s: %s); a new one follows", type(error).__name__, error)
         status = 1
     os._exit(status)
