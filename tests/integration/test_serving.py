@@ -10,14 +10,16 @@ import socket
 import subprocess
 import sys
 import threading
+import time
 from collections.abc import Iterator
-from contextlib import aclosing
+from contextlib import aclosing, contextmanager
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import openai
 import pytest
+import torch
 from fastapi.testclient import TestClient
 
 from fedit.answering import Answer, Answering, Question, before_stop
@@ -306,26 +308,42 @@ def test_who_leaves_ends_the_work_on_his_answer_alone(models, monkeypatch) -> No
     assert len(calls) < 200
 
 
-def test_a_reader_who_disconnects_ends_the_work(models, monkeypatch) -> None:
+@contextmanager
+def served(models: RunModels) -> Iterator[str]:
+    """Serve `models` to other processes as ``fedit serve`` does, and give the address."""
     import uvicorn
 
-    forward, calls = models.model.base.forward, []
-    monkeypatch.setattr(models.model.base, "forward", lambda *a, **named: calls.append(1) or forward(*a, **named))
     with socket.create_server(("127.0.0.1", 0)) as listener:
         server = uvicorn.Server(uvicorn.Config(build_app(models, NAMES), log_level="warning", ws="none"))
         thread = threading.Thread(target=server.run, kwargs={"sockets": [listener]})
         thread.start()
-        address = f"http://127.0.0.1:{listener.getsockname()[1]}/v1"
+        try:
+            yield f"http://127.0.0.1:{listener.getsockname()[1]}/v1"
+        finally:
+            server.should_exit = True
+            thread.join()
+
+
+def test_a_reader_who_disconnects_ends_the_work(models, monkeypatch) -> None:
+    forward, calls = models.model.base.forward, []
+
+    def slow_and_never_done(*arguments: Any, **named: Any) -> Any:
+        calls.append(1)
+        time.sleep(0.01)
+        output = forward(*arguments, **named)
+        output.logits[..., models.model.tokenizer.eos_token_id] = -torch.inf
+        return output
+
+    monkeypatch.setattr(models.model.base, "forward", slow_and_never_done)
+    with served(models) as address:
         client = openai.OpenAI(base_url=address, api_key="none", max_retries=0, timeout=60)
-        asked: dict[str, Any] = {"model": "base", "messages": MESSAGES, "temperature": 5, "max_tokens": 480}
+        asked: dict[str, Any] = {"model": "base", "messages": MESSAGES, "max_tokens": 480}
         streamed = client.chat.completions.create(**asked, stream=True)
         next(iter(streamed))
         streamed.close()
         with pytest.raises(openai.APITimeoutError):
             client.with_options(timeout=0.05).chat.completions.create(**asked)
         client.chat.completions.create(**{**asked, "max_tokens": 1})  # waits for those before it
-        server.should_exit = True
-        thread.join()
     assert len(calls) < 480
 
 

@@ -97,7 +97,8 @@ def test_a_server_that_stops_late_leaves_the_socket_of_its_successor(tmp_path: P
         with served(path, lambda header, blob: ({"who": "second"}, b"")):
             pass
         second = threading.Event()
-        thread = threading.Thread(target=serve, args=(path, lambda header, blob: ({"who": "second"}, b""), second))
+        answer = lambda header, blob: ({"who": "second"}, b"")
+        thread = threading.Thread(target=serve, args=(path, answer, second), daemon=True)
         thread.start()
         while not path.exists():
             time.sleep(0.01)
