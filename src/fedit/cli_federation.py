@@ -217,7 +217,7 @@ def status(
         print_json(federation_status(server))
         return
     if not follow:
-        console.print(_status_table(federation_status(server)))
+        console.print(_status_table(federation_status(server)), soft_wrap=True)
         return
     with (
         suppress(KeyboardInterrupt),
@@ -228,7 +228,7 @@ def status(
             if console.is_terminal:
                 live.update(table, refresh=True)
             else:
-                console.print(table)
+                console.print(table, soft_wrap=True)
             time.sleep(2)
 
 

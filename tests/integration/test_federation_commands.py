@@ -13,7 +13,7 @@ from typing import Any
 
 import pytest
 
-from fedit import deployment
+from fedit import deployment, federation
 from fedit.engines.site_folder import SiteFolder
 from fedit.interfaces import EngineError
 
@@ -86,6 +86,17 @@ def test_folders_of_another_kind_are_refused(fedit: Fedit, tmp_path: Path) -> No
         done = fedit(*command, tmp_path)
         assert done.status == 1, command
         assert "federation init" in done.stderr or "is no site's folder" in done.stderr
+
+
+def test_the_status_of_a_run_is_one_line_however_long(
+    fedit: Fedit, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    site = {"connected": True, "answered": None, "down": 49_000, "up": 30_600}
+    run = {"folder": "runs/" + "long" * 30, "rounds": 3, "rounds_done": 2, "failures": []}
+    monkeypatch.setattr(federation, "federation_status", lambda server: {"sites": {"north": site}, "run": run})
+    lines = fedit("federation", "status", tmp_path).stderr.splitlines()
+    assert lines[1].split() == ["north", "yes", "49.0", "kB", "30.6", "kB"]
+    assert lines[2] == f"Run {run['folder']}: 2 of 3 rounds"
 
 
 @pytest.mark.parametrize(
