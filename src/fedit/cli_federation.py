@@ -138,7 +138,7 @@ def run(
     from fedit.live import LiveView
     from fedit.tracking import Mirror, wanted_trackers
 
-    check_folder(folder, config, resume=resume is not None)
+    check_folder(folder, config, resume=resume is not None, at_sites=True)
     trackers = wanted_trackers(folder, track or ())
     go_on = f"fedit federation run --server {shlex.quote(str(server))} --resume {shlex.quote(str(folder))}"
     stopped = threading.Event()

@@ -12,7 +12,6 @@ import math
 import os
 import platform
 import resource
-import shlex
 import sys
 import tempfile
 import time
@@ -281,20 +280,22 @@ def _attack_success(run: _Run, models: Mapping[str, Adapter | None]) -> dict[str
 # ------------------------------------------------------------------------------------------------------- run folder
 
 
-def check_folder(folder: Path, config: RunConfig, *, resume: bool) -> None:
+def check_folder(folder: Path, config: RunConfig, *, resume: bool, at_sites: bool = False) -> None:
     """Refuse an output folder that cannot be used, before anything is loaded; creates nothing.
 
     Raises:
-        ConfigError: it holds a run and `resume` is off, or another configuration's run, or cannot be written.
+        ConfigError: it holds a run and `resume` is off, or not one of `config`, simulated or `at_sites`, or cannot be
+            written.
     """
-    described = folder / "config.json"
-    if resume and parse_config(json.loads(described.read_text(encoding="utf-8"))["config"]) != config:
-        raise ConfigError(f"{folder} holds the run of another configuration. Choose another folder for this one.")
-    if not resume and described.is_file():
+    held = RunFolder.read(folder) if (folder / "config.json").is_file() else None
+    if held is not None and not resume:
         raise ConfigError(
-            f"--out {folder} holds a run already. Continue it with `fedit run --resume {shlex.quote(str(folder))}`, or "
-            "choose another folder."
+            f"--out {folder} holds a run already. Continue it with `{held.go_on}`, or choose another folder."
         )
+    if held is not None and held.partition and held.is_across_sites != at_sites:
+        raise ConfigError(f"{folder} holds a run of another kind, which goes on with `{held.go_on}`.")
+    if held is not None and parse_config(held.run) != config:
+        raise ConfigError(f"{folder} holds the run of another configuration. Choose another folder for this one.")
     existing = next(place for place in (folder, *folder.absolute().parents) if place.exists())
     try:
         # What a run leaves that was killed before its first file was whole has a dot in front.

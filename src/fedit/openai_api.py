@@ -94,6 +94,14 @@ class Message(BaseModel, extra="forbid"):
     """Of a user's message: the text that it is about, for templates that render it apart; not of OpenAI's API"""
     name: str | None = None
 
+    @model_validator(mode="before")
+    @classmethod
+    def _without_unset(cls, message: Any) -> Any:
+        """OpenAI's client sends an answer back with all that it did not have, such as ``"refusal": null``."""
+        if not isinstance(message, dict):
+            return message
+        return {name: value for name, value in message.items() if value is not None}
+
     @field_validator("content", mode="before")
     @classmethod
     def _joined(cls, content: Any) -> Any:

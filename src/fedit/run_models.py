@@ -47,7 +47,7 @@ def model_names(folder: Path) -> list[str]:
     if not federated and not own:
         raise ConfigError(
             f"{folder} has no model yet: {len(run.rounds)} of {config.rounds} rounds are done. Finish it with "
-            f"`fedit run --resume {folder}`."
+            f"`{run.go_on}`."
         )
     return names
 

@@ -112,8 +112,8 @@ class MLflow:
         else:
             self.id = known_as
             self._client.update_run(self.id, status="RUNNING")
-            rounds = [metric.step for metric in self._client.get_metric_history(self.id, "tokens")]
-            self.rounds_seen = max(rounds, default=0)
+            histories = [self._client.get_metric_history(self.id, name) for name in ("tokens", "epsilon", "clip_norm")]
+            self.rounds_seen = max((metric.step for history in histories for metric in history), default=0)
         self.where = f"{_without_secrets(self._client.tracking_uri)}, run {self.id}"
 
     def log(self, round_number: int, metrics: Metrics) -> None:
@@ -314,4 +314,4 @@ def final_metrics(run: RunFolder) -> dict[str, float]:
 
 def _without_secrets(text: str) -> str:
     """Return a text without what is before the @ of an address: a user's name and password."""
-    return re.sub(r"(?<=://)[^/@\s]+@", "", text)
+    return re.sub(r"(?<=://)[^/\s]+@", "", text)

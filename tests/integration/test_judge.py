@@ -388,6 +388,53 @@ def test_what_a_server_refuses_of_one_question_is_left_out(stored) -> None:
         assert len(server.requests) == 10  # those that were missing alone
 
 
+@pytest.mark.parametrize("trouble", [error(400, "too long"), error(500, "too hard")], ids=["refused", "unanswered"])
+def test_what_failed_before_is_asked_last_and_ends_no_judgement(stored, tmp_path, monkeypatch, trouble: Answer) -> None:
+    """Not even where more fail than a server is forgiven that answers none."""
+    monkeypatch.setattr(client, "MOST_GIVEN_UP", 3)
+    hard = ["mine says 2\n", "mine says 4\n"]
+    patient = ("--retries", "0", "--concurrency", "1")
+
+    def answer(number: int, asked: dict) -> Answer:
+        return trouble if any(text in asked["messages"][-1]["content"] for text in hard) else Answer()
+
+    with serving(answer) as server:
+        for _ in range(2):
+            done = stored(server, *patient)
+            assert done.status == 0, done.stderr
+            assert json.loads(done.stdout)["replies"]["missing"] == 4
+        replies = tmp_path / "out" / "judge_replies.jsonl"
+        lines = replies.read_text().splitlines(keepends=True)
+        (answered, *_), (failed, *_) = ([line for line in lines if key in line] for key in ('"reply"', '"no_reply"'))
+        replies.write_text(answered + failed)  # as where it was killed
+        server.requests.clear()
+        hard.pop()
+        done = stored(server, *patient)
+        assert done.status == 0, done.stderr
+        assert json.loads(done.stdout)["replies"]["missing"] == 2
+        asked = [request["messages"][-1]["content"] for request in server.requests]
+        assert len(asked) == 7
+        assert hard[0] in asked[-1], "what failed before comes last"
+    done = stored(server, *patient)  # now the server is gone
+    assert done.status == 0, done.stderr
+    assert "2 of 8 requests got no reply" in done.stderr
+
+
+def test_nonsense_in_what_is_left_is_weighed_with_what_is_known(stored, tmp_path, monkeypatch) -> None:
+    def answer(number: int, asked: dict) -> Answer:
+        return Answer("Hm.") if "mine says 4\n" in asked["messages"][-1]["content"] else Answer()
+
+    with serving(answer) as server:
+        whole = stored(server)
+        replies = tmp_path / "out" / "judge_replies.jsonl"
+        lines = replies.read_text().splitlines(keepends=True)
+        replies.write_text("".join(line for line in lines if "Hm." not in line))
+        monkeypatch.setattr(contest, "MOST_NONSENSE", 2)
+        done = stored(server)
+        assert done.status == 0, done.stderr
+        assert json.loads(done.stdout)["comparisons"] == json.loads(whole.stdout)["comparisons"]
+
+
 @pytest.mark.parametrize(
     ("answer", "message"),
     [

@@ -241,3 +241,16 @@ def test_another_base_is_refused(finished, tiny_model_folder, tmp_path) -> None:
     (finished / "config.json").write_text(json.dumps(described))
     with pytest.raises(EngineError, match="run on another base"):
         RunModels.open(finished)
+
+
+def test_a_run_goes_on_by_the_command_that_it_was_made_with(fedit, asked_run, tmp_path) -> None:
+    run = shutil.copytree(asked_run, tmp_path / "run")
+    command = "fedit federation run --server SERVER --resume"
+    done = fedit("federation", "run", "--server", tmp_path, "--resume", run)
+    assert (done.status, f"`fedit run --resume {run}`" in done.stderr) == (1, True), done.stderr
+    (run / "partition.json").write_text('{"run": "x", "clients": {"north/1": {"rows": 3}}}')
+    done = fedit("run", "--resume", run)
+    assert (done.status, f"`{command} {run}`" in done.stderr) == (1, True), done.stderr
+    shutil.rmtree(run / "adapter")
+    with pytest.raises(ConfigError, match=command):
+        model_names(run)

@@ -21,6 +21,7 @@ import openai
 import pytest
 import torch
 from fastapi.testclient import TestClient
+from openai.types.chat import ChatCompletionMessage
 
 from fedit.answering import Answer, Answering, Question, before_stop
 from fedit.generation import GREEDY, UNFINISHED, Continuation, Sampling
@@ -222,6 +223,18 @@ def test_settings_that_change_nothing_are_taken(web) -> None:
     plain = ask(web)
     more = ask(web, n=1, logprobs=False, presence_penalty=0, user="me", stop=None, seed=4, top_p=0.5)
     assert more["choices"] == plain["choices"]
+
+
+def test_an_answer_goes_back_as_openais_client_gives_it(web) -> None:
+    """With all that it does not have, as null."""
+    plain = {"role": "assistant", "content": "b 1"}
+    whole = ChatCompletionMessage(role="assistant", content="b 1").model_dump()
+    assert None in whole.values()
+    turns = [[*MESSAGES, said, {"role": "user", "content": "And?"}] for said in (plain, whole)]
+    first, second = (ask(web, messages=messages) for messages in turns)
+    assert first["status"] == second["status"] == 200
+    assert first["choices"] == second["choices"]
+    assert ask(web, messages=[{"role": "user", "content": None}])["error"]["param"] == "messages.0.content"
 
 
 def test_other_addresses_and_other_names_of_this_machine(web) -> None:

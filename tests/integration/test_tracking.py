@@ -13,6 +13,7 @@ import subprocess
 import sys
 import time
 import urllib.request
+import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import asdict
@@ -157,6 +158,26 @@ def test_a_private_federation_tells_a_tracker_what_its_folder_tells_and_not_when
     assert told == [(1, {"epsilon": 0.5}), True]
 
 
+def test_mlflow_has_the_rounds_of_a_private_federation_once(tmp_path, monkeypatch) -> None:
+    from mlflow.tracking import MlflowClient
+
+    monkeypatch.setenv("MLFLOW_TRACKING_URI", f"sqlite:///{tmp_path}/mlflow.db")
+    (tmp_path / "config.json").write_text(json.dumps({"config": {"rounds": 2, "privacy": {"noise_multiplier": 1}}}))
+    (tmp_path / "partition.json").write_text(json.dumps({"run": "x", "clients": {}, "privacy": {}}))
+    record = RoundRecord(1, ["north"], {}, 2.5, 1.5, 0.1, 700, 600, 99, epsilon=0.5).withheld()
+    lines = [{**asdict(record), "round": number, "epsilon": number / 2} for number in (1, 2)]
+    (tmp_path / "rounds.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", DeprecationWarning)  # MLflow's store asks SQLAlchemy in an old way
+        for _ in range(2):
+            with Mirror(tmp_path, ["mlflow"]) as mirror:
+                mirror.catch_up()
+            assert mirror.problems == {}
+    known_as = json.loads((tmp_path / "tracking.json").read_text())["mlflow"]
+    history = MlflowClient().get_metric_history(known_as, "epsilon")
+    assert [(each.step, each.value) for each in history] == [(1, 0.5), (2, 1.0)]
+
+
 def test_the_reason_why_a_run_failed_is_told_although_its_folder_is_gone(tmp_path, tracked) -> None:
     told: list[Any] = []
     tracked["noted"] = lambda run, known_as: _Noted(told)
@@ -178,7 +199,7 @@ def test_the_reason_why_a_run_failed_is_told_although_its_folder_is_gone(tmp_pat
 
 def test_no_password_is_told(tmp_path, tracked) -> None:
     def refuse(run: Any, known_as: str | None) -> None:
-        raise ConnectionError("nobody at http://anna:secret@host:5000/api/2.0")
+        raise ConnectionError("nobody at http://anna:se@cret@host:5000/api/2.0")
 
     tracked["refusing"] = refuse
     (tmp_path / "config.json").write_text('{"config": {}}')

@@ -204,6 +204,7 @@ def test_the_prompt(tmp_path) -> None:
     (folder / "adapter" / "chat_template.jinja").touch()
     card = card_of(folder)
     assert "tokenizer.apply_chat_template(chat" in card
+    assert "do_sample=False" in card, "as the answers that were measured"
     assert "Template `alpaca`: Headers ``### Instruction:``" in card
     assert "--chat-template" in card
 

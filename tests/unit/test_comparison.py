@@ -254,6 +254,9 @@ def test_what_cannot_be_compared_is_refused(tmp_path):
     (again / "evaluation.json").unlink()
     with pytest.raises(ConfigError, match=r"again is not evaluated: 2 of 2 rounds are done\. Go on with `fedit run"):
         group_runs([again])
+    (again / "partition.json").write_text('{"run": "x", "clients": {}}')
+    with pytest.raises(ConfigError, match="again is a run across sites"):
+        group_runs([again])
 
 
 def test_runs_on_other_rows_or_of_another_tokenizer_have_no_difference(tmp_path):
@@ -437,6 +440,15 @@ def test_latex_is_escaped_and_its_rows_are_whole(tmp_path):
     assert all(line.startswith("% ") for line in after)
 
 
+def test_no_row_of_latex_begins_as_an_argument_of_the_line_before(tmp_path):
+    losses = {"federated": [2.0, 2.0, 4.0]}
+    found = compared(
+        *(write_run(tmp_path / str(i), losses, adapter={"rank": rank}) for i, rank in enumerate(([4, 8], 8)))
+    )
+    rows = [line for line in to_latex(found).splitlines() if "4, 8" in line and not line.startswith("%")]
+    assert [row[:8] for row in rows] == ["{}[4, 8]"]
+
+
 def test_latex_has_the_best_in_bold(two_rules):
     rows = [line for line in to_latex(two_rules).splitlines() if line.startswith(("fedit", "flora", "Centralised"))]
     assert r"$1.375 \pm 0.177$" in rows[0]
@@ -462,6 +474,18 @@ def test_the_page_needs_nothing_and_leads_to_runs_and_commands(two_rules, tmp_pa
     assert page.count("<svg") == page.count("<figcaption>") == 3
     assert 'class="number best" href="#group-1">1.125</a>' in page
     assert "#0101" not in page
+
+
+def test_the_page_has_a_difference_and_its_interval_in_the_same_digits(tmp_path):
+    losses = ([2.0, 3.0, 5.0], [2.0, 3.0, 5.001])
+    folders = [
+        write_run(tmp_path / str(i), {"federated": each}, answered=True, adapter={"rank": i})
+        for i, each in enumerate(losses)
+    ]
+    page = write_comparison(compared(*folders), tmp_path / "out", "compare").read_text()
+    paired = page[page.index("Paired differences in all metrics") :]
+    numbers = re.findall(r"(?<![\d.])[−-]?0\.0\d+", paired[: paired.index("</table>")])
+    assert "0.0001" in numbers
 
 
 def test_the_page_escapes_any_text_and_says_what_is_gone(tmp_path):

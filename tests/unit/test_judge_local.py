@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import os
+import shutil
 from pathlib import Path
 from typing import Any
 
@@ -29,6 +31,14 @@ def log_likelihood(model: torch.nn.Module, prompt: list[int], beginning: list[in
     with torch.no_grad():
         log_p = torch.log_softmax(model(ids).logits[0].double(), -1)
     return sum(float(log_p[len(prompt) + k - 1, token]) for k, token in enumerate(beginning))
+
+
+def test_other_weights_in_the_same_folder_are_another_judge(tiny_model_folder: Path, tmp_path: Path) -> None:
+    folder = shutil.copytree(tiny_model_folder, tmp_path / "judge")
+    parameters = LocalJudge(str(folder), "likelihood", SINGLE).parameters
+    assert LocalJudge(str(folder), "likelihood", SINGLE).parameters == parameters
+    os.utime(folder / "model.safetensors", ns=(1, 1))
+    assert LocalJudge(str(folder), "likelihood", SINGLE).parameters != parameters
 
 
 def test_scores_are_expectations_over_all_beginnings(tiny_model_folder: Path) -> None:

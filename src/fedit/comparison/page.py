@@ -111,7 +111,8 @@ def _paired(comparison: Comparison) -> dict[str, Any] | None:
     for group in groups:
         cells = []
         for metric in found:
-            measure, one = MEASURES[metric], _metrics(group).get(metric)
+            measure = MEASURES["difference" if metric == "response_loss" else metric]
+            one = _metrics(group).get(metric)
             deviation = "" if one is None or not one["deviation"] else f"± {plain(measure, one['deviation'])}"
             text = MISSING if one is None else plain(measure, one["mean"])
             cells.append({"mean": text, "small": [deviation, interval_text(group, metric)]})

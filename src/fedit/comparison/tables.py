@@ -147,7 +147,8 @@ def to_latex(comparison: Comparison) -> str:
 
 
 def _row(cells: Iterable[str]) -> str:
-    return " & ".join(cells) + r" \\"
+    row = " & ".join(cells) + r" \\"
+    return "{}" + row if row.startswith(("[", "*")) else row  # the line before would take it for its argument
 
 
 def _latex_cell(group: Group, name: str, *, is_best: bool) -> str:

@@ -165,11 +165,8 @@ class _Saved:
     def __init__(self, folder: Path, max_new_tokens: int) -> None:
         self.max_new_tokens = max_new_tokens
         self._path = folder / FILE
-        self._texts: dict[str, str] = {}
-        if self._path.is_file():
-            keep_lines(self._path)
-            for values in read_lines(self._path):
-                self._texts[values["asked"]] = values["text"]
+        self._texts = {values["asked"]: values["text"] for values in read_lines(self._path)}
+        self._ends_whole = False
 
     def answers(self, model: str, question: Question) -> tuple[str, ...]:
         """Return the answers to the first turns of a question, as far as they are there."""
@@ -185,6 +182,9 @@ class _Saved:
         """Save the answer to the turn that follows those answered by `before`."""
         key = self._key(model, question, before)
         about = {"model": model, "question_id": question.question_id, "turn": len(before) + 1}
+        if not self._ends_whole:  # not before: another process may be adding to the file
+            keep_lines(self._path)
+            self._ends_whole = True
         append_line(self._path, {"asked": key, **about, "max_new_tokens": self.max_new_tokens, "text": text})
         self._texts[key] = text
 

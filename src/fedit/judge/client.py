@@ -95,11 +95,14 @@ class ServerJudge:
     def _key(self) -> str:
         return os.environ.get(KEY, "").strip()
 
-    def ask(self, requests: Sequence[Request], on_reply: Callable[[Request, Reply | str], None]) -> None:
+    def ask(
+        self, requests: Sequence[Request], on_reply: Callable[[Request, Reply | str], None], num_answered: int = 0
+    ) -> None:
         """Call `on_reply` with each request and its reply, or why there is none, as they come.
 
         The first request goes alone: what is wrong with the address, the key or the model shows before another is
-        sent. What a server refuses of one request, or does not answer after all retries, is left out.
+        sent. What a server refuses of one request, or does not answer after all retries, is left out, once there is an
+        answer to another (`num_answered` of which came before).
 
         Raises:
             EngineError: the server refuses the key, the model or the first `MOST_GIVEN_UP` requests, is not there, or
@@ -108,11 +111,13 @@ class ServerJudge:
         if not requests:
             return
         try:
-            asyncio.run(self._ask_all(requests, on_reply))
+            asyncio.run(self._ask_all(requests, on_reply, num_answered))
         except ExceptionGroup as group:
             raise group.exceptions[0] from None
 
-    async def _ask_all(self, requests: Sequence[Request], on_reply: Callable[[Request, Reply | str], None]) -> None:
+    async def _ask_all(
+        self, requests: Sequence[Request], on_reply: Callable[[Request, Reply | str], None], num_answered: int
+    ) -> None:
         from openai import AsyncOpenAI
 
         client = AsyncOpenAI(
@@ -120,26 +125,30 @@ class ServerJudge:
         )
         pace = Pace(self.requests_per_minute)
         waiting = iter(requests)
-        num_answered = num_refused = given_up = 0
+        num_refused = 0
+        given_up = list[tuple[Request, str]]()  # in a row: whose fault it is, the next reply to another tells
+
+        def give_up() -> None:
+            while given_up:
+                on_reply(*given_up.pop(0))
 
         async def work(*, until_answered: bool = False) -> None:
-            nonlocal num_answered, num_refused, given_up
+            nonlocal num_answered, num_refused
             for request in waiting:
-                reply: Reply | str
                 try:
                     reply = await self._ask_one(client, pace, request)
-                    num_answered, given_up = num_answered + 1, 0
+                    num_answered += 1
+                    give_up()
+                    on_reply(request, reply)
                 except _RefusedError as error:
                     num_refused += 1
                     if not num_answered and num_refused == MOST_GIVEN_UP:
                         raise EngineError(f"The judge at {self.where} refuses what it is asked: {error}") from error
-                    reply = str(error)
+                    on_reply(request, str(error))
                 except _NoReplyError as error:
-                    given_up += 1
-                    if not num_answered or given_up == MOST_GIVEN_UP:
-                        raise EngineError(self._gone(error, given_up)) from error
-                    reply = str(error)
-                on_reply(request, reply)
+                    given_up.append((request, str(error)))
+                    if not num_answered or len(given_up) == MOST_GIVEN_UP:
+                        raise EngineError(self._gone(error, len(given_up))) from error
                 if until_answered and num_answered:
                     return
 
@@ -148,6 +157,7 @@ class ServerJudge:
             async with asyncio.TaskGroup() as group:
                 for _ in range(min(self.concurrency, len(requests) - 1)):
                     group.create_task(work())
+        give_up()
 
     async def _ask_one(self, client: AsyncOpenAI, pace: Pace, request: Request) -> Reply:
         """Return the reply; raise _RefusedError, or _NoReplyError after the last attempt."""

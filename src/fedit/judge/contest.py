@@ -235,17 +235,19 @@ def judge_contest(
     """
     requests = contest.requests(answers)
     asked = distinct(requests.values())
-    waiting = [request for request in asked if replies.get(request) is None]
+    known = [reply for request in asked if (reply := replies.get(request)) is not None]
+    # Those that got no reply before come last: a server that answers others is then known to.
+    waiting = sorted((each for each in asked if replies.get(each) is None), key=replies.has_failed)
     fresh = list[Reply]()
     reasons = list[str]()
-    any_scores = False
+    any_scores = any(contest.parse(reply.text) is not None for reply in known)
 
     def on_reply(request: Request, reply: Reply | str) -> None:
         nonlocal any_scores
+        replies.add(request, reply)
         if isinstance(reply, str):
             reasons.append(reply)
         else:
-            replies.add(request, reply)
             fresh.append(reply)
             any_scores = any_scores or contest.parse(reply.text) is not None
             if not any_scores and len(fresh) >= MOST_NONSENSE:
@@ -253,7 +255,12 @@ def judge_contest(
         notify(f"Judged: {len(fresh) + len(reasons):,} of {len(waiting):,}")
 
     notify(f"Asking {judge.model} ({judge.where}) the first of {len(waiting):,}")
-    judge.ask(waiting, on_reply)
+    try:
+        judge.ask(waiting, on_reply, len(known))
+    except EngineError as error:
+        if not (known or fresh) or any(replies.get(each) is None and not replies.has_failed(each) for each in waiting):
+            raise
+        reasons.append(str(error).rstrip("."))  # all were asked once, and those that failed may fail again
     found = {cell: replies.get(request) for cell, request in requests.items()}
     scores = {cell: None if reply is None else contest.parse(reply.text) for cell, reply in found.items()}
     answered = [reply for request in asked if (reply := replies.get(request)) is not None]

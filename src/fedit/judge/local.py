@@ -12,10 +12,13 @@ before a grade, scores are drawn to the middle (a model that prefers nothing giv
 from __future__ import annotations
 
 import copy
+import hashlib
 import itertools
+import json
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
+from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
 import numpy as np
@@ -55,8 +58,20 @@ class LocalJudge:
 
     @property
     def parameters(self) -> Mapping[str, Any]:
-        """What the reply depends on, beside the model and the messages."""
-        return {"local": self.method, **({"max_tokens": self.max_tokens} if self.method == "generation" else {})}
+        """What the reply depends on, beside the model and the messages; of a folder, which other weights may come into,
+        a digest of its files' names, sizes and times.
+        """
+        limits = {"max_tokens": self.max_tokens} if self.method == "generation" else {}
+        return {"local": self.method, **limits, **self._files}
+
+    @cached_property
+    def _files(self) -> Mapping[str, str]:
+        place = Path(self.model)
+        if not place.is_dir():
+            return {}
+        stats = [(file.name, file.stat()) for file in sorted(place.iterdir()) if file.is_file()]
+        listed = [(name, stat.st_size, stat.st_mtime_ns) for name, stat in stats]
+        return {"files": hashlib.sha256(json.dumps(listed).encode()).hexdigest()[:16]}
 
     @property
     def most_tokens(self) -> int:
@@ -70,7 +85,9 @@ class LocalJudge:
         except EngineError as error:
             raise EngineError(str(error).replace("[model] path = ", "--judge ")) from error
 
-    def ask(self, requests: Sequence[Request], on_reply: Callable[[Request, Reply | str], None]) -> None:
+    def ask(
+        self, requests: Sequence[Request], on_reply: Callable[[Request, Reply | str], None], num_answered: int = 0
+    ) -> None:
         """Call `on_reply` with each request and its reply, or why there is none, as they come.
 
         Raises:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import hashlib
 import json
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -63,8 +63,12 @@ class Judge(Protocol):
         """
         ...
 
-    def ask(self, requests: Sequence[Request], on_reply: Callable[[Request, Reply | str], None]) -> None:
+    def ask(
+        self, requests: Sequence[Request], on_reply: Callable[[Request, Reply | str], None], num_answered: int = 0
+    ) -> None:
         """Call `on_reply` with each request and its reply, or why there is none, as they come.
+
+        `num_answered` requests like these were answered before: who answers some is not given up for a few others.
 
         Raises:
             FeditError: nothing can be asked of this judge, or no longer.
@@ -73,32 +77,43 @@ class Judge(Protocol):
 
 
 class Replies:
-    """The replies in a file, one JSON object per line; a line is there whole, or not at all."""
+    """The replies in a file, one JSON object per line, or why a request got none; a line is whole, or not there.
+
+    Nothing is written before there is something to add: another process may be adding to the file.
+    """
 
     def __init__(self, path: Path, model: str, parameters: Mapping[str, Any]) -> None:
         self._path = path
         self._asked = {"model": model, "parameters": dict(parameters)}
         self._replies: dict[str, Reply] = {}
-        if path.is_file():
-            keep_lines(path)
-            for values in read_lines(path):
+        self._failed: set[str] = set()
+        self._ends_whole = False
+        for values in read_lines(path):
+            if "reply" in values:
                 self._replies[values["request"]] = Reply(**values["reply"])
+            else:
+                self._failed.add(values["request"])
 
     def get(self, request: Request) -> Reply | None:
         """Return the reply to an equal request, if there is one."""
         return self._replies.get(self._key(request))
 
-    def add(self, request: Request, reply: Reply) -> None:
-        """Keep a reply, on the disk when this returns."""
+    def has_failed(self, request: Request) -> bool:
+        """Tell whether an equal request was asked and got no reply."""
+        return self._key(request) in self._failed
+
+    def add(self, request: Request, reply: Reply | str) -> None:
+        """Keep a reply, or why there is none, on the disk when this returns."""
         key = self._key(request)
-        values = {
-            "text": reply.text,
-            "prompt_tokens": reply.prompt_tokens,
-            "completion_tokens": reply.completion_tokens,
-            "finish_reason": reply.finish_reason,
-        }
-        append_line(self._path, {"request": key, "model": self._asked["model"], **request.about, "reply": values})
-        self._replies[key] = reply
+        if not self._ends_whole:
+            keep_lines(self._path)
+            self._ends_whole = True
+        told = {"no_reply": reply} if isinstance(reply, str) else {"reply": asdict(reply)}
+        append_line(self._path, {"request": key, "model": self._asked["model"], **request.about, **told})
+        if isinstance(reply, str):
+            self._failed.add(key)
+        else:
+            self._replies[key] = reply
 
     def _key(self, request: Request) -> str:
         text = json.dumps({**self._asked, "messages": request.messages}, sort_keys=True, ensure_ascii=False)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shlex
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -72,6 +73,12 @@ class RunFolder:
     def is_across_sites(self) -> bool:
         """Whether the clients were sites of their own, and not simulated: then nobody encoded all rows."""
         return bool(self.partition) and "encoding" not in self.partition
+
+    @property
+    def go_on(self) -> str:
+        """The command that goes on with the run."""
+        command = "fedit federation run --server SERVER" if self.is_across_sites else "fedit run"
+        return f"{command} --resume {shlex.quote(str(self.path))}"
 
     @property
     def withholds(self) -> bool:
