@@ -157,9 +157,9 @@ def group_runs(folders: Sequence[Path]) -> list[Group]:
 
 def _finished(folder: Path) -> RunFolder:
     run = RunFolder.read(folder)
-    if run.is_across_sites:
-        raise ConfigError(f"{folder} is a run across sites, whose held-out rows are not here. Leave it out.")
     if "federated" not in run.evaluation.get("models", {}):
+        if run.is_across_sites:
+            raise ConfigError(f"{folder} is a run across sites, whose held-out rows are not here. Leave it out.")
         raise ConfigError(
             f"{folder} is not evaluated: {len(run.rounds)} of {run.run.get('rounds', 0)} rounds are done. Go on with "
             f"`{run.go_on}`, or leave it out."
